@@ -1,0 +1,168 @@
+"""What a run leaves behind: the printed table, the learning curves, pictures with boxes, and the students' weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .data import to_device
+from .extras import require
+from .loop import Run
+from .progress import Progress
+
+#: One colour per run, the same in both pictures; told apart by the colour-blind too (Okabe and Ito).
+COLOURS = {"teacher": "#000000", "alone": "#0072B2", "alone, equal time": "#56B4E9", "distilled": "#D55E00"}
+ORDER = ("alone", "alone, equal time", "distilled")
+
+
+def write(
+    folder: Path,
+    *,
+    teacher: tuple[nn.Module, Run],
+    students: dict[str, nn.Module],
+    runs: dict[str, Run],
+    parts: dict[str, float],
+    val: Any,
+    device: torch.device,
+    progress: Progress,
+    seconds: float,
+) -> None:
+    """Write everything to ``folder`` and print the table."""
+    everything = {"teacher": teacher[1], **{name: runs[name] for name in ORDER}}
+    for name, run in everything.items():
+        progress.record(kind="result", **row(name, run), pictures=len(val))
+    progress.record(kind="step_split", **parts)
+    weights = folder / "students.pt"
+    states = {name: student.state_dict() for name, student in students.items()}
+    torch.save({name: {k: v.cpu() for k, v in state.items()} for name, state in states.items()}, weights)
+    curves(folder / "curves.png", everything)
+    shown = {"teacher": teacher[0], "student alone": students["alone"], "student distilled": students["distilled"]}
+    detections(folder / "detections.png", shown, val, device)
+    progress.record(kind="end", seconds=seconds)
+    print(table(everything, parts, len(val)))
+    print(f"\n{seconds:.0f} s in all. In {folder}: metrics.jsonl, curves.png, detections.png, {weights.name}")
+
+
+def row(name: str, run: Run) -> dict[str, Any]:
+    """The numbers of one row of the table."""
+    mean_ap, ap50 = run.score
+    return {
+        "run": name,
+        "seed": run.seed,
+        "steps": run.steps,
+        "seconds": run.seconds,
+        "mean_ap": mean_ap,
+        "ap50": ap50,
+    }
+
+
+def table(runs: dict[str, Run], parts: dict[str, float], pictures: int) -> str:
+    """The text that a run ends with: every row, the split of a distilled step, and what the numbers are worth."""
+    lines = [f"{'':<28}{'seed':>6}{'steps':>8}{'seconds':>10}{'mAP':>9}{'AP50':>9}"]
+    for name, run in runs.items():
+        title = {"alone": "student alone, equal steps", "alone, equal time": "student alone, equal time"}.get(
+            name, "teacher" if name == "teacher" else f"student {name}"
+        )
+        score = run.score
+        lines.append(
+            f"{title:<28}{run.seed:>6}{run.steps:>8}{run.seconds:>10.1f}{score.mean_ap:>9.3f}{score.ap50:>9.3f}"
+        )
+    whole = sum(parts.values())
+    split = ", ".join(f"{name} {1000 * value:.0f} ms ({value / whole:.0%})" for name, value in parts.items())
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"A distillation step: {split}; forward and backward, without the optimiser.",
+            "Seconds are of training, without evaluations. Equal time: its steps were computed from the measured times",
+            "per step before it began, and then fixed.",
+            f"Scored on {pictures} validation pictures, with one seed. One seed says little: repeat with other --seed",
+            "values before you believe a difference.",
+        ]
+    )
+
+
+def curves(path: Path, runs: dict[str, Run]) -> None:
+    """Draw the detectors' own loss over the steps, and the validation AP50 over the seconds of training."""
+    require("matplotlib").use("Agg")
+    plt = require("matplotlib.pyplot")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+    for name, run in runs.items():
+        steps = range(1, len(run.task_loss) + 1)
+        left.plot(steps, _smooth(run.task_loss), color=COLOURS[name], label=name, linewidth=1.6)
+        seconds = [0.0, *(entry[1] for entry in run.scores)]
+        ap50 = [0.0, *(entry[3] for entry in run.scores)]
+        right.plot(seconds, ap50, color=COLOURS[name], label=name, marker="o", markersize=4, linewidth=1.6)
+        right.annotate(
+            f"{ap50[-1]:.2f}", (seconds[-1], ap50[-1]), xytext=(6, 0), textcoords="offset points",
+            color=COLOURS[name], va="center",
+        )  # fmt: skip
+    left.set(title="Detection loss on the training pictures", xlabel="step", ylabel="loss (running mean)")
+    left.set_ylim(bottom=0)
+    right.set(title="Average precision on the validation pictures", xlabel="training time (s)", ylabel="AP at IoU .5")
+    right.set_ylim(0, 1)
+    right.margins(x=0.08)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def detections(
+    path: Path, detectors: dict[str, nn.Module], val: Any, device: torch.device, *, count: int = 4, score: float = 0.5
+) -> None:
+    """Draw validation pictures, one per row, with the boxes that each detector finds with at least ``score``."""
+    require("matplotlib").use("Agg")
+    plt = require("matplotlib.pyplot")
+    rectangle = require("matplotlib.patches").Rectangle
+    chosen = _most_objects(val, count)
+    pictures = torch.stack([val[index][0] for index in chosen])
+    targets = [val[index][1] for index in chosen]
+    columns: list[tuple[str, list[dict]]] = [("ground truth", [{**t, "scores": None} for t in targets])]
+    images, _ = to_device(pictures, targets, device)
+    for name, detector in detectors.items():
+        detector.eval()
+        columns.append((name, detector.detect(images)))
+    figure, grid = plt.subplots(
+        len(chosen), len(columns), figsize=(3.4 * len(columns), 3.4 * len(chosen)), layout="constrained", squeeze=False
+    )
+    side = pictures.shape[-1]
+    for column, (title, found) in enumerate(columns):
+        for line, boxes in enumerate(found):
+            axes = grid[line][column]
+            axes.imshow(pictures[line].permute(1, 2, 0).numpy())
+            axes.set(xticks=[], yticks=[], xlim=(0, side), ylim=(side, 0))
+            scores = boxes["scores"]
+            for index, (x1, y1, x2, y2) in enumerate(boxes["boxes"].tolist()):
+                if scores is not None and scores[index] < score:
+                    continue
+                colour = "#ffffff" if scores is None else "#ffe119"
+                axes.add_patch(rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.8))
+                text = val.category_names[int(boxes["labels"][index]) - 1]
+                text += "" if scores is None else f"  {float(scores[index]):.2f}"
+                # Above the box, or inside it where there is no room above.
+                below = y1 < 0.08 * side
+                axes.text(
+                    x1, y1, text, fontsize=9, color="black", va="top" if below else "bottom", clip_on=True,
+                    bbox={"facecolor": colour, "edgecolor": "none", "pad": 1.0},
+                )  # fmt: skip
+        grid[0][column].set_title(title if column == 0 else f"{title} (score ≥ {score:g})", fontsize=12)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def _most_objects(val: Any, count: int) -> list[int]:
+    """The pictures to show: by number of objects among the first 50, the most first; the same whatever was trained."""
+    first = range(min(50, len(val)))
+    return sorted(first, key=lambda index: (-len(val[index][1]["labels"]), index))[:count]
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """Running mean over a twentieth of the run."""
+    window = max(1, len(values) // 20)
+    return [sum(values[max(0, i + 1 - window) : i + 1]) / min(window, i + 1) for i in range(len(values))]
