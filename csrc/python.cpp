@@ -36,6 +36,7 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Facts about the build of kdkernels and about this CPU.";
   m.def("build_info", &build_info, "Compiler, C++ standard and pybind11 version of this module.");
-  m.def("cpu_capability", [] { return name_of(kdkernels::best_capability()); },
-        "The widest of 'base', 'avx2', 'avx512' that this CPU can run.");
+  m.def(
+      "cpu_capability", [] { return name_of(kdkernels::best_capability()); },
+      "The widest of 'base', 'avx2', 'avx512' that this CPU can run.");
 }

@@ -45,7 +45,7 @@ def define(name: str, schema: str, fake: Callable[..., Any]) -> Any:
     is loaded, a first execution (of a compiled graph, say) loads or builds it and then runs the kernel.
     """
     qualified = f"kdkernels::{name}"
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CompositeExplicitAutograd"):
+    if not hasattr(torch.ops.kdkernels, name):  # importlib.reload runs this file again
         _library.define(f"{name}{schema}")
         torch.library.register_fake(qualified, fake, lib=_library)
 
@@ -83,13 +83,19 @@ def backend_for(loss: str, student: torch.Tensor, teacher: torch.Tensor, *, diff
         return "reference"
     if functorch_active():
         return "reference"
-    if device == "cpu" and not differentiable and kernel_dtypes(student.dtype, teacher.dtype) and _forced in (None, "cpu"):
+    if (
+        device == "cpu"
+        and not differentiable
+        and kernel_dtypes(student.dtype, teacher.dtype)
+        and _forced in (None, "cpu")
+    ):
         if _cpu_usable():
             return "cpu"
     if _forced is not None:
         raise RuntimeError(
             f"{loss}: backend {_forced!r} is forced but cannot serve a {student.dtype} student with a {teacher.dtype} "
-            f"teacher on {device}" + (": a weight asks for a gradient" if differentiable else "")
+            f"teacher on {device}"
+            + (": a weight asks for a gradient" if differentiable else "")
             + (f": {native.status('cpu').reason}" if _forced == "cpu" and native.cpu_failed else "")
         )
     return "reference"

@@ -29,9 +29,7 @@ KD_HD uint32_t float_to_bits(float f) {
   return u;
 }
 
-KD_HD float bfloat16_to_float(uint16_t x) {
-  return bits_to_float(static_cast<uint32_t>(x) << 16);
-}
+KD_HD float bfloat16_to_float(uint16_t x) { return bits_to_float(static_cast<uint32_t>(x) << 16); }
 // Round to nearest even; NaN stays NaN.
 KD_HD uint16_t float_to_bfloat16(float f) {
   const uint32_t u = float_to_bits(f);

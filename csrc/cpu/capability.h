@@ -19,40 +19,38 @@ Capability set_capability(Capability wanted);
 // Declares a kernel in each capability's namespace, and a caller in `kdkernels` that picks. aarch64 has the base alone:
 // its 128-bit vectors are in every CPU.
 #if defined(__x86_64__)
-#define KD_KERNEL(name, parameters, arguments)                   \
-  namespace kdkernels {                                          \
-  namespace base {                                               \
-  void name parameters;                                          \
-  }                                                              \
-  namespace avx2 {                                               \
-  void name parameters;                                          \
-  }                                                              \
-  namespace avx512 {                                             \
-  void name parameters;                                          \
-  }                                                              \
-  namespace cpu {                                                \
-  inline void name parameters {                                  \
-    switch (capability()) {                                      \
-      case Capability::avx512:                                   \
-        return avx512::name arguments;                           \
-      case Capability::avx2:                                     \
-        return avx2::name arguments;                             \
-      default:                                                   \
-        return base::name arguments;                             \
-    }                                                            \
-  }                                                              \
-  }                                                              \
-  }
-#else
 #define KD_KERNEL(name, parameters, arguments) \
   namespace kdkernels {                        \
   namespace base {                             \
   void name parameters;                        \
   }                                            \
+  namespace avx2 {                             \
+  void name parameters;                        \
+  }                                            \
+  namespace avx512 {                           \
+  void name parameters;                        \
+  }                                            \
   namespace cpu {                              \
   inline void name parameters {                \
-    return base::name arguments;               \
+    switch (capability()) {                    \
+      case Capability::avx512:                 \
+        return avx512::name arguments;         \
+      case Capability::avx2:                   \
+        return avx2::name arguments;           \
+      default:                                 \
+        return base::name arguments;           \
+    }                                          \
   }                                            \
   }                                            \
+  }
+#else
+#define KD_KERNEL(name, parameters, arguments)                 \
+  namespace kdkernels {                                        \
+  namespace base {                                             \
+  void name parameters;                                        \
+  }                                                            \
+  namespace cpu {                                              \
+  inline void name parameters { return base::name arguments; } \
+  }                                                            \
   }
 #endif

@@ -8,7 +8,8 @@ KD_NAMESPACE_BEGIN
 // n elements that follow each other in the run's dimension, by their offsets in each tensor.
 struct FeatureRun {
   int64_t student, teacher, grad;
-  int64_t pixel;  // of the run's first element, in a contiguous (N, H, W)
+  int64_t pixel;    // of the run's first element, in a contiguous (N, H, W)
+  int64_t channel;  // of the run's first element
   int n;
 };
 
@@ -44,16 +45,21 @@ class FeatureWalk {
       const int64_t last = first + pixels_per_unit < total ? first + pixels_per_unit : total;
       for (int64_t pixel = first; pixel < last; ++pixel) {
         const int64_t n = pixel / pixels_, y = pixel % pixels_ / l.w, x = pixel % l.w;
-        pieces(at(l.student, n, 0, y, x), at(l.teacher, n, 0, y, x), at(l.grad, n, 0, y, x), pixel, 0, l.c, body);
+        pieces(at(l.student, n, 0, y, x), at(l.teacher, n, 0, y, x), at(l.grad, n, 0, y, x), pixel, 0, 0, l.c, body);
       }
     } else {
       const int64_t n = unit / l.c, c = unit % l.c;
       const int64_t rows = merged_ ? 1 : l.h, length = merged_ ? pixels_ : l.w;
       for (int64_t y = 0; y < rows; ++y) {
-        pieces(at(l.student, n, c, y, 0), at(l.teacher, n, c, y, 0), at(l.grad, n, c, y, 0), n * pixels_ + y * l.w, 1,
-               length, body);
+        pieces(at(l.student, n, c, y, 0), at(l.teacher, n, c, y, 0), at(l.grad, n, c, y, 0), n * pixels_ + y * l.w, c,
+               1, length, body);
       }
     }
+  }
+
+  // The offset of a pixel, counted over the batch, at one channel.
+  int64_t at_pixel(const FeatureView& v, int64_t pixel, int64_t channel) const {
+    return at(v, pixel / pixels_, channel, pixel % pixels_ / level_.w, pixel % level_.w);
   }
 
  private:
@@ -68,11 +74,12 @@ class FeatureWalk {
   }
 
   template <class F>
-  KD_HD void pieces(int64_t s, int64_t t, int64_t g, int64_t pixel, int pixel_step, int64_t length,
+  KD_HD void pieces(int64_t s, int64_t t, int64_t g, int64_t pixel, int64_t channel, int pixel_step, int64_t length,
                     const F& body) const {
     for (int64_t i = 0; i < length; i += block_size) {
       const int n = int(length - i < block_size ? length - i : block_size);
-      body(FeatureRun{s + i * student_step, t + i * teacher_step, g + i * grad_step, pixel + i * pixel_step, n});
+      body(FeatureRun{s + i * student_step, t + i * teacher_step, g + i * grad_step, pixel + i * pixel_step,
+                      channels_inner ? i : channel, n});
     }
   }
 

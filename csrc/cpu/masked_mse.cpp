@@ -1,5 +1,6 @@
-// Masked MSE on the CPU. Forward: each feature is read once, partial sums per plane (or group of pixels) are added up in a
-// fixed order. Backward: reads both features and the mask, writes the gradient. Nothing of a feature's size is allocated.
+// Masked MSE on the CPU. Forward: each feature is read once, partial sums per plane (or group of pixels) are added up
+// in a fixed order. Backward: reads both features and the mask, writes the gradient. Nothing of a feature's size is
+// allocated.
 #include "masked_mse.h"
 
 #include <stdlib.h>
@@ -38,8 +39,7 @@ KD_HD void gradient_run(A* grad, const A* s, const A* t, const A* m, int n, A fo
   for_each_vector<A>(
       n,
       [&](int i) {
-        store<A>(grad + i,
-                 masked_mse_gradient(load(s + i), load(t + i), one_mask ? shared : load(m + i), f, b));
+        store<A>(grad + i, masked_mse_gradient(load(s + i), load(t + i), one_mask ? shared : load(m + i), f, b));
       },
       [&](int i, int k) {
         store_part<A>(grad + i,
@@ -58,8 +58,10 @@ void level_sums(const FeatureLevel& level, PartialSums& total, const Threads& th
     for (int64_t unit = begin; unit < end; ++unit) {
       PartialSums part{0, 0};
       walk.runs(unit, [&](const FeatureRun& run) {
-        const A* s = read_block(level.student.data, level.student.dtype, run.student, walk.student_step, run.n, scratch_s);
-        const A* t = read_block(level.teacher.data, level.teacher.dtype, run.teacher, walk.teacher_step, run.n, scratch_t);
+        const A* s =
+            read_block(level.student.data, level.student.dtype, run.student, walk.student_step, run.n, scratch_s);
+        const A* t =
+            read_block(level.teacher.data, level.teacher.dtype, run.teacher, walk.teacher_step, run.n, scratch_t);
         const A* m = static_cast<const A*>(level.mask) + run.pixel;
         if (walk.channels_inner) {
           add_run<A, true>(part, s, t, m, run.n);
@@ -111,8 +113,10 @@ void backward(const FeatureLevel& level, const A* grad_loss, const A* scales, co
     A scratch_s[block_size], scratch_t[block_size], scratch_g[block_size];
     for (int64_t unit = begin; unit < end; ++unit) {
       walk.runs(unit, [&](const FeatureRun& run) {
-        const A* s = read_block(level.student.data, level.student.dtype, run.student, walk.student_step, run.n, scratch_s);
-        const A* t = read_block(level.teacher.data, level.teacher.dtype, run.teacher, walk.teacher_step, run.n, scratch_t);
+        const A* s =
+            read_block(level.student.data, level.student.dtype, run.student, walk.student_step, run.n, scratch_s);
+        const A* t =
+            read_block(level.teacher.data, level.teacher.dtype, run.teacher, walk.teacher_step, run.n, scratch_t);
         const A* m = static_cast<const A*>(level.mask) + run.pixel;
         A* g = result_block(level.grad.data, level.grad.dtype, run.grad, walk.grad_step, scratch_g);
         if (walk.channels_inner) {

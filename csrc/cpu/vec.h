@@ -123,9 +123,9 @@ KD_HD vec<double> exp2_nonpositive(vec<double> x) {
   const vec<double> shifted = x + round;
   const vec<double> f = (x - (shifted - round)) * 0.693147180559945309417;
   vec<double> p = constant<vec<double>>(1.0 / 6227020800.0);
-  const double taylor[] = {1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040,
-                           1.0 / 720,       1.0 / 120,      1.0 / 24,      1.0 / 6,      1.0 / 2,     1.0,
-                           1.0};
+  const double taylor[] = {
+      1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040, 1.0 / 720,
+      1.0 / 120,       1.0 / 24,       1.0 / 6,       1.0 / 2,      1.0,         1.0};
   for (double coefficient : taylor) p = p * f + coefficient;
   bits exponent;
   memcpy(&exponent, &shifted, sizeof(exponent));

@@ -1,5 +1,5 @@
-// Masked MSE of one level: sum over elements of w * (S - T)^2 in two regions, M and 1 - M, each divided by twice its count.
-// DeFeat eq. 5; with a background weight of 0 it is FGFI's and TADF's loss, with a mask of ones Mimic's.
+// Masked MSE of one level: sum over elements of w * (S - T)^2 in two regions, M and 1 - M, each divided by twice its
+// count. DeFeat eq. 5; with a background weight of 0 it is FGFI's and TADF's loss, with a mask of ones Mimic's.
 #pragma once
 
 #include "number.h"

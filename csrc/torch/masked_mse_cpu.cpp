@@ -16,12 +16,14 @@ FeatureLevel masked_level(const Tensor& student, const Tensor& teacher, const Te
   return level;
 }
 
-std::tuple<Tensor, Tensor> masked_mse(std::vector<Tensor> student, std::vector<Tensor> teacher, std::vector<Tensor> mask,
-                                      double foreground_weight, std::optional<Tensor> foreground_weight_tensor,
-                                      double background_weight, std::optional<Tensor> background_weight_tensor,
-                                      int64_t normalizer, bool mean_levels) {
+std::tuple<Tensor, Tensor> masked_mse(std::vector<Tensor> student, std::vector<Tensor> teacher,
+                                      std::vector<Tensor> mask, double foreground_weight,
+                                      std::optional<Tensor> foreground_weight_tensor, double background_weight,
+                                      std::optional<Tensor> background_weight_tensor, int64_t normalizer,
+                                      bool mean_levels) {
   const size_t count = student.size();
-  STD_TORCH_CHECK(count > 0 && teacher.size() == count && mask.size() == count, "one teacher and mask per student level");
+  STD_TORCH_CHECK(count > 0 && teacher.size() == count && mask.size() == count,
+                  "one teacher and mask per student level");
   const bool wide = is_wide(student[0]);
   std::vector<FeatureLevel> levels;
   for (size_t i = 0; i < count; ++i) {
@@ -40,9 +42,9 @@ std::tuple<Tensor, Tensor> masked_mse(std::vector<Tensor> student, std::vector<T
 
 std::vector<Tensor> masked_mse_backward(Tensor grad_loss, std::vector<Tensor> student, std::vector<Tensor> teacher,
                                         std::vector<Tensor> mask, Tensor scales, std::vector<int64_t> level_of) {
-  STD_TORCH_CHECK(teacher.size() == student.size() && mask.size() == student.size() &&
-                      level_of.size() == student.size(),
-                  "one teacher, mask and level index per student");
+  STD_TORCH_CHECK(
+      teacher.size() == student.size() && mask.size() == student.size() && level_of.size() == student.size(),
+      "one teacher, mask and level index per student");
   std::vector<Tensor> grads;
   for (size_t i = 0; i < student.size(); ++i) {
     const bool wide = is_wide(student[i]);

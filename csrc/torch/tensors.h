@@ -54,8 +54,8 @@ inline void check_same_sizes(const Tensor& a, const Tensor& b) {
 
 inline FeatureLevel feature_level(const Tensor& student, const Tensor& teacher) {
   check_same_sizes(student, teacher);
-  FeatureLevel level{student.size(0), student.size(1),       student.size(2), student.size(3), feature_view(student),
-                     feature_view(teacher), FeatureView{}, nullptr};
+  FeatureLevel level{student.size(0),       student.size(1),       student.size(2), student.size(3),
+                     feature_view(student), feature_view(teacher), FeatureView{},   nullptr};
   return level;
 }
 
@@ -117,8 +117,7 @@ inline Tensor new_gradient(const Tensor& student) {
 
 inline Threads torch_threads() {
   return Threads{[](int64_t count, int64_t grain, void* context, Threads::Body body) {
-    torch::stable::parallel_for(0, count, grain,
-                                [&](int64_t begin, int64_t end) { body(context, begin, end); });
+    torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
   }};
 }
 

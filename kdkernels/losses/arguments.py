@@ -18,6 +18,20 @@ Scalar = float | Tensor
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+# csrc/cpu/row_options.h: RowReduction. What "mean" divides by depends on the loss.
+NONE, SUM, MEAN_OF_ROWS, MEAN_OF_ELEMENTS = range(4)
+
+
+def arithmetic_dtype(student: Tensor) -> torch.dtype:
+    """What a kernel computes, and returns its loss, in: float32, or float64 for a float64 student."""
+    return torch.float64 if student.dtype == torch.float64 else torch.float32
+
+
+def in_arithmetic(x: Tensor | None, student: Tensor) -> Tensor | None:
+    """A small operand (a mask, a weight) as kernels read it: contiguous, in the dtype of the arithmetic."""
+    return None if x is None else x.to(arithmetic_dtype(student)).contiguous()
+
+
 def _shape(x: Tensor) -> tuple[int, ...]:
     return tuple(x.shape)
 
@@ -135,10 +149,14 @@ def check_choice(name: str, x: str | None, choices: Sequence[str | None]) -> Any
     return x
 
 
-def check_average(reduction: str, avg_factor: Scalar | None) -> None:
-    """`avg_factor` replaces the divisor of a mean; other reductions have none."""
-    if avg_factor is not None and reduction in ("none", "sum"):
+def check_average(avg_factor: Scalar | None, reduction: str, student: Tensor) -> tuple[float | None, Tensor | None]:
+    """`avg_factor` replaces the divisor of a mean; other reductions have none. As (number, None) or (None, tensor)."""
+    if avg_factor is None:
+        return None, None
+    if reduction in ("none", "sum"):
         raise ValueError(f"avg_factor: reduction={reduction!r} divides by nothing, so it cannot be used")
+    number, tensor = check_scalar("avg_factor", avg_factor, student)
+    return (number, None) if tensor is None else (None, tensor)
 
 
 def needs_formula(*tensors: Tensor | Scalar | None) -> bool:

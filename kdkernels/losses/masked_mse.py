@@ -10,12 +10,14 @@ from ..reference.masked_mse import masked_mse_loss as formula
 from .arguments import (
     Features,
     Scalar,
+    arithmetic_dtype,
     check_choice,
     check_device,
     check_features,
     check_pair,
     check_scalar,
     feature_levels,
+    in_arithmetic,
     needs_formula,
 )
 from .module import LossModule
@@ -24,12 +26,8 @@ ops.LOSSES.append("masked_mse")
 _NORMALIZERS = ("elements", "pixels", "batch")  # csrc/math/masked_mse.h: Normalizer
 
 
-def _wide(student: Tensor) -> torch.dtype:
-    return torch.float64 if student.dtype == torch.float64 else torch.float32
-
-
 def _fake_forward(student, teacher, mask, fw, fw_tensor, bw, bw_tensor, normalizer, mean_levels):
-    dtype = _wide(student[0])
+    dtype = arithmetic_dtype(student[0])
     return student[0].new_empty((), dtype=dtype), student[0].new_empty((len(student), 2), dtype=dtype)
 
 
@@ -185,7 +183,7 @@ def masked_mse_loss(
 
     differentiable = needs_formula(foreground_weight, background_weight)
     backends = {ops.backend_for("masked_mse", s, t, differentiable=differentiable) for s, t in zip(students, teachers)}
-    mixed = len({_wide(s) for s in students}) > 1
+    mixed = len({arithmetic_dtype(s) for s in students}) > 1
     if backends == {"reference"} or len(backends) > 1 or mixed:
         return formula(
             students,
@@ -196,7 +194,7 @@ def masked_mse_loss(
             normalizer=normalizer,
             level_reduction=level_reduction,
         )
-    masks = [m.to(_wide(first)).contiguous() for m in masks]
+    masks = [in_arithmetic(m, first) for m in masks]
     return _MaskedMSE.apply(
         fw, fw_tensor, bw, bw_tensor, normalizer, level_reduction, len(students), *students, *teachers, *masks
     )

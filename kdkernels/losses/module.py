@@ -31,7 +31,9 @@ class LossModule(nn.Module):
         allowed = [name for name in type(self).__signature__.parameters if name != "loss_weight"]
         for name in keywords:
             if name not in allowed:
-                raise TypeError(f"{type(self).__name__}: no keyword {name!r}; expected {', '.join(allowed)}, loss_weight")
+                raise TypeError(
+                    f"{type(self).__name__}: no keyword {name!r}; expected {', '.join(allowed)}, loss_weight"
+                )
         self._names = tuple(keywords)
         for name, value in {**keywords, "loss_weight": loss_weight}.items():
             if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):

@@ -1,0 +1,26 @@
+// The entry points of bounded_regression.cpp.
+#pragma once
+
+#include "capability.h"
+#include "row_options.h"
+
+namespace kdkernels {
+
+struct BoundedRegressionOptions {
+  double margin, beta;
+  DeviceScalar bound_weight, smooth_l1_weight;
+  int gate;  // math/bounded_regression.h: Gate
+  RowReduction reduction;
+};
+
+}  // namespace kdkernels
+
+// pair: student and teacher, four columns; target likewise. derivative: (rows, 4), d loss / d student but for the
+// upstream gradient.
+KD_KERNEL(bounded_regression_forward,
+          (const RowPair& pair, const RowView& target, const BoundedRegressionOptions& options, void* loss,
+           void* derivative, const Threads& threads),
+          (pair, target, options, loss, derivative, threads))
+KD_KERNEL(bounded_regression_backward,
+          (const RowPair& pair, const void* grad_loss, bool per_row, const void* derivative, const Threads& threads),
+          (pair, grad_loss, per_row, derivative, threads))

@@ -1,0 +1,81 @@
+// The row of temperature_kl and decoupled_kl: each block is read once for its maxima and once more from the first-level
+// cache for its sums.
+#pragma once
+
+#include "../math/temperature_kl.h"
+#include "rows.h"
+
+KD_NAMESPACE_BEGIN
+
+// What the backward needs of a row: gradient = coefficient * (exp2((s - shift_s) k) inverse_s - the same of t).
+enum KlStatistic : int { kl_shift_s, kl_inverse_s, kl_shift_t, kl_inverse_t, kl_coefficient, kl_k, kl_statistics };
+
+template <class A>
+KD_HD void kl_block(KlState& state, const A* s, const A* t, int n, double k) {
+  using V = vec<A>;
+  state.raise(maximum_of(s, n), maximum_of(t, n), k);
+  const A shift_s = A(state.student.shift()), shift_t = A(state.teacher.shift()), factor = A(k);
+  V sum_s = constant<V>(0), sum_t = constant<V>(0), dot = constant<V>(0);
+  const auto add = [&](V student, V teacher) {
+    const V ds = student - shift_s, dt = teacher - shift_t;
+    const V es = exp2_nonpositive(ds * factor), et = exp2_nonpositive(dt * factor);
+    sum_s += es;
+    sum_t += et;
+    dot += kl_term(et, dt, ds);
+  };
+  for_each_vector<A>(
+      n, [&](int i) { add(load(s + i), load(t + i)); },
+      [&](int i, int m) { add(load_part(s + i, m, A(-INFINITY)), load_part(t + i, m, A(-INFINITY))); });
+  state.student.sum += sum_lanes<A>(sum_s);
+  state.teacher.sum += sum_lanes<A>(sum_t);
+  state.dot += sum_lanes<A>(dot);
+}
+
+// T^2 KL of one row; fills its statistics, with `scale` (weight / divisor) in the coefficient.
+template <class A>
+KD_HD double kl_row(const RowPair& pair, int64_t row, double temperature, double scale, A* statistics, A* scratch_s,
+                    A* scratch_t) {
+  const RowReader<A> s(pair.student, row, scratch_s), t(pair.teacher, row, scratch_t);
+  const double k = log2_e / temperature;
+  KlState state;
+  for (int64_t column = 0; column < pair.columns; column += block_size) {
+    const int n = int(pair.columns - column < block_size ? pair.columns - column : block_size);
+    kl_block<A>(state, s.block(column, n), t.block(column, n), n, k);
+  }
+  const bool empty = state.empty();
+  statistics[kl_shift_s] = A(state.student.shift());
+  statistics[kl_inverse_s] = A(empty ? 0 : 1 / state.student.sum);
+  statistics[kl_shift_t] = A(state.teacher.shift());
+  statistics[kl_inverse_t] = A(empty ? 0 : 1 / state.teacher.sum);
+  statistics[kl_coefficient] = A(scale * temperature);
+  statistics[kl_k] = A(k);
+  return empty ? 0 : scale * temperature * temperature * state.value(1 / temperature);
+}
+
+template <class A>
+void kl_gradient(const RowPair& pair, const A* grad_loss, bool per_row, const A* statistics, const Threads& threads) {
+  const RowUnits units(pair.rows, pair.columns);
+  write_gradient<A>(units, pair.columns, pair.student, pair.teacher, pair.grad, threads,
+                    [&](int64_t row, int64_t, int n, const A* s, const A* t, A* out) {
+                      using V = vec<A>;
+                      const A* stat = statistics + row * kl_statistics;
+                      if (stat[kl_inverse_s] == 0 && stat[kl_inverse_t] == 0) {  // an all -inf side
+                        for (int i = 0; i < n; ++i) out[i] = 0;
+                        return;
+                      }
+                      const A c = grad_loss[per_row ? row : 0] * stat[kl_coefficient], k = stat[kl_k];
+                      const A shift_s = stat[kl_shift_s], shift_t = stat[kl_shift_t];
+                      const A scale_s = stat[kl_inverse_s], scale_t = stat[kl_inverse_t];
+                      const auto gradient = [&](V student, V teacher) -> V {
+                        return c * (exp2_nonpositive((student - shift_s) * k) * scale_s -
+                                    exp2_nonpositive((teacher - shift_t) * k) * scale_t);
+                      };
+                      for_each_vector<A>(
+                          n, [&](int i) { store<A>(out + i, gradient(load(s + i), load(t + i))); },
+                          [&](int i, int m) {
+                            store_part<A>(out + i, gradient(load_part(s + i, m, A(0)), load_part(t + i, m, A(0))), m);
+                          });
+                    });
+}
+
+KD_NAMESPACE_END

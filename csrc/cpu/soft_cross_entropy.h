@@ -1,0 +1,28 @@
+// The entry points of soft_cross_entropy.cpp.
+#pragma once
+
+#include "capability.h"
+#include "row_options.h"
+
+namespace kdkernels {
+
+struct SoftCrossEntropyOptions {
+  double temperature;
+  const void* class_weight;  // one per class, contiguous, in the type of the arithmetic; or null
+  const int64_t* target;     // one per row, contiguous; or null
+  DeviceScalar hard_weight;
+  int64_t ignore_index;
+  RowReduction reduction;
+};
+
+}  // namespace kdkernels
+
+// statistics: (rows, 8), see soft_cross_entropy.cpp. grad_loss: one number, or one per row.
+KD_KERNEL(soft_cross_entropy_forward,
+          (const RowPair& pair, const SoftCrossEntropyOptions& options, void* loss, void* statistics,
+           const Threads& threads),
+          (pair, options, loss, statistics, threads))
+KD_KERNEL(soft_cross_entropy_backward,
+          (const RowPair& pair, double temperature, const void* class_weight, const int64_t* target,
+           const void* grad_loss, bool per_row, const void* statistics, const Threads& threads),
+          (pair, temperature, class_weight, target, grad_loss, per_row, statistics, threads))

@@ -1,0 +1,44 @@
+// Temperature KL on the CPU: forward reads both logits once and keeps six numbers per row; backward reads them again
+// and writes the gradient.
+#include "temperature_kl.h"
+
+#include "kl_rows.h"
+
+KD_NAMESPACE_BEGIN
+
+namespace {
+
+template <class A>
+void forward(const RowPair& pair, double temperature, const RowReduction& reduction, A* loss, A* statistics,
+             const Threads& threads) {
+  const double factor = reduction.factor(double(pair.rows), double(pair.columns));
+  const A* weight = static_cast<const A*>(pair.weight);
+  reduce_rows<A>(RowUnits(pair.rows, pair.columns), reduction, pair.columns, loss, threads,
+                 [&](int64_t row, A* scratch_s, A* scratch_t) {
+                   const double scale = weight ? factor * weight[row] : factor;
+                   return kl_row<A>(pair, row, temperature, scale, statistics + row * kl_statistics, scratch_s,
+                                    scratch_t);
+                 });
+}
+
+}  // namespace
+
+void temperature_kl_forward(const RowPair& pair, double temperature, const RowReduction& reduction, void* loss,
+                            void* statistics, const Threads& threads) {
+  if (pair.wide) {
+    forward(pair, temperature, reduction, static_cast<double*>(loss), static_cast<double*>(statistics), threads);
+  } else {
+    forward(pair, temperature, reduction, static_cast<float*>(loss), static_cast<float*>(statistics), threads);
+  }
+}
+
+void temperature_kl_backward(const RowPair& pair, const void* grad_loss, bool per_row, const void* statistics,
+                             const Threads& threads) {
+  if (pair.wide) {
+    kl_gradient(pair, static_cast<const double*>(grad_loss), per_row, static_cast<const double*>(statistics), threads);
+  } else {
+    kl_gradient(pair, static_cast<const float*>(grad_loss), per_row, static_cast<const float*>(statistics), threads);
+  }
+}
+
+KD_NAMESPACE_END

@@ -1,0 +1,46 @@
+// decoupled_kl for the CPU dispatch key. Schema: kdkernels/losses/decoupled_kl.py.
+#include "rows.h"
+
+#include "../cpu/decoupled_kl.h"
+
+namespace kdkernels {
+namespace {
+
+constexpr int64_t statistics_per_row = 6;  // cpu/kl_rows.h
+
+std::tuple<Tensor, Tensor> decoupled_kl(Tensor student, Tensor teacher, Tensor foreground, double foreground_weight,
+                                        std::optional<Tensor> foreground_weight_tensor, double background_weight,
+                                        std::optional<Tensor> background_weight_tensor, double foreground_temperature,
+                                        double background_temperature, std::optional<Tensor> weight,
+                                        int64_t reduction) {
+  const RowPair pair = row_pair(student, teacher, weight);
+  STD_TORCH_CHECK(
+      foreground.scalar_type() == ScalarType::Bool && foreground.is_contiguous() && foreground.numel() == pair.rows,
+      "foreground: expected one contiguous bool per row");
+  const DecoupledKlOptions options{device_scalar(foreground_weight, foreground_weight_tensor),
+                                   device_scalar(background_weight, background_weight_tensor),
+                                   foreground_temperature,
+                                   background_temperature,
+                                   static_cast<const bool*>(foreground.data_ptr()),
+                                   int(reduction)};
+  Tensor loss = new_loss(student, pair.wide, reduction);
+  Tensor statistics = new_statistics(student, pair, statistics_per_row);
+  cpu::decoupled_kl_forward(pair, options, loss.data_ptr(), statistics.data_ptr(), torch_threads());
+  return {loss, statistics};
+}
+
+Tensor decoupled_kl_backward(Tensor grad_loss, Tensor student, Tensor teacher, Tensor statistics, bool per_row) {
+  RowPair pair = row_pair(student, teacher, std::nullopt);
+  check_backward(pair, grad_loss, per_row, statistics, statistics_per_row);
+  Tensor grad = row_gradient(student, pair);
+  cpu::decoupled_kl_backward(pair, grad_loss.data_ptr(), per_row, statistics.data_ptr(), torch_threads());
+  return grad;
+}
+
+}  // namespace
+}  // namespace kdkernels
+
+STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
+  m.impl("decoupled_kl", TORCH_BOX(&kdkernels::decoupled_kl));
+  m.impl("decoupled_kl_backward", TORCH_BOX(&kdkernels::decoupled_kl_backward));
+}

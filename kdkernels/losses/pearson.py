@@ -1,0 +1,138 @@
+"""Pearson-normalised feature loss (PKD): the public function, the module, and the autograd Function over its ops."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..reference.pearson import pearson_loss as formula
+from ..reference.pearson import resize_levels
+from .arguments import Features, arithmetic_dtype, check_choice, check_device, check_features, check_number, check_pair
+from .module import LossModule
+
+ops.LOSSES.append("pearson")
+
+
+def _fake_forward(student, teacher, eps, mean_levels, zero_on_constant):
+    dtype = arithmetic_dtype(student[0])
+    channels = sum(s.shape[1] for s in student)
+    return student[0].new_empty((), dtype=dtype), student[0].new_empty((channels, 6), dtype=dtype)
+
+
+def _fake_backward(grad_loss, student, teacher, statistics, first_channel):
+    return [torch.empty_like(s) for s in student]
+
+
+_forward = ops.define(
+    "pearson",
+    "(Tensor[] student, Tensor[] teacher, float eps, bool mean_levels, bool zero_on_constant) -> (Tensor, Tensor)",
+    _fake_forward,
+)
+_backward = ops.define(
+    "pearson_backward",
+    "(Tensor grad_loss, Tensor[] student, Tensor[] teacher, Tensor statistics, int[] first_channel) -> Tensor[]",
+    _fake_backward,
+)
+
+
+class _Pearson(torch.autograd.Function):
+    # Levels travel flat: autograd would lose the gradient of tensors inside a list.
+    @staticmethod
+    def forward(ctx, eps, level_reduction, on_constant, levels, *tensors):
+        students, teachers = tensors[:levels], tensors[levels:]
+        loss, statistics = _forward(students, teachers, eps, level_reduction == "mean", on_constant == "zero")
+        ctx.save_for_backward(*tensors, statistics)
+        ctx.options = (eps, level_reduction, on_constant, levels)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        *tensors, statistics = ctx.saved_tensors
+        eps, level_reduction, on_constant, levels = ctx.options
+        students, teachers = tensors[:levels], tensors[levels:]
+        wanted = [i for i in range(levels) if ctx.needs_input_grad[4 + i]]
+        grads: list[Tensor | None] = [None] * levels
+        if torch.is_grad_enabled():  # create_graph=True: the formula's gradient can be differentiated again
+            found = ops.gradients_of_formula(
+                lambda: formula(students, teachers, eps=eps, level_reduction=level_reduction, on_constant=on_constant),
+                [students[i] for i in wanted],
+                grad_loss,
+            )
+        else:
+            first_channel = [sum(s.shape[1] for s in students[:i]) for i in wanted]
+            found = _backward(
+                grad_loss, [students[i] for i in wanted], [teachers[i] for i in wanted], statistics, first_channel
+            )
+        for i, grad in zip(wanted, found):
+            grads[i] = grad
+        return (None,) * 4 + tuple(grads) + (None,) * levels
+
+
+def pearson_loss(
+    student: Features,
+    teacher: Features,
+    *,
+    eps: float = 1e-6,
+    level_reduction: str = "sum",
+    on_constant: str = "zero",
+    resize: str | None = "student",
+) -> Tensor:
+    r"""Mean squared difference of features that are standardised per channel, over batch and space.
+
+    .. math::
+        L = \operatorname{reduce}_l \frac{1}{2 C m} \sum_c \sum_{i=1}^m (\hat s_{ci} - \hat t_{ci})^2, \qquad
+        \hat x = \frac{x - \operatorname{mean}(x)}{\operatorname{sd}(x) + \varepsilon}
+
+    with :math:`m = N H W` samples per channel and the unbiased deviation. It is :math:`(m-1)/m \, (1 - \bar r)` for the mean
+    Pearson correlation :math:`\bar r`, up to eps: the scale and shift of either side do not matter.
+
+    Args:
+        student: features (N, C, H, W), or a list, tuple or dict of pyramid levels. float32, bfloat16, float16, float64.
+        teacher: the same N and C; a constant. Alike in dtype or float32 for the compiled kernels; else the formula serves.
+        eps: added to the deviation, at least 0.
+        level_reduction: ``"sum"`` (mmrazor) or ``"mean"``.
+        on_constant: what a student channel without any variation gets as gradient: ``"zero"``, or ``"reference"`` for the
+            published :math:`-\hat t_i / (C m \varepsilon)`, which is about a million times larger than usual.
+        resize: which side is resized to the other where H or W differ: ``"student"``, ``"teacher"``, or None to refuse. Bilinear,
+            align_corners=False: a float32 copy, the only one that this loss makes.
+
+    Returns:
+        A 0-d float32 tensor (float64 where either side is). The gradient has each student level's dtype and memory format.
+
+    Edge cases: fewer than two samples per channel, and empty levels: 0 with gradient 0. A constant channel on one side has the
+    value (m-1)/(2m)/C, on both sides 0.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes, devices or numbers of levels that do not fit; sizes that differ with
+            resize=None; a teacher that requires a gradient.
+
+    Source: Cao et al. 2022 (PKD), eq. 4-6, normalised as its published code does.
+    """
+    students, teachers = check_features(student, teacher)
+    eps = check_number("eps", eps)
+    if eps < 0:
+        raise ValueError(f"eps: expected a number of at least 0, got {eps}")
+    check_choice("level_reduction", level_reduction, ("mean", "sum"))
+    check_choice("on_constant", on_constant, ("zero", "reference"))
+    check_choice("resize", resize, ("student", "teacher", None))
+    for i, (s, t) in enumerate(zip(students, teachers)):
+        check_device(f"teacher[{i}]", t, s)
+        check_device(f"student[{i}]", s, students[0])
+        if s.shape[:2] != t.shape[:2]:
+            raise ValueError(f"student[{i}] and teacher[{i}] differ in N or C: {tuple(s.shape)} and {tuple(t.shape)}")
+    students, teachers = resize_levels(students, teachers, resize)
+    for i, (s, t) in enumerate(zip(students, teachers)):
+        check_pair(s, t, f"[{i}]")
+
+    backends = {ops.backend_for("pearson", s, t) for s, t in zip(students, teachers)}
+    mixed = len({arithmetic_dtype(s) for s in students}) > 1
+    if backends == {"reference"} or len(backends) > 1 or mixed:
+        return formula(students, teachers, eps=eps, level_reduction=level_reduction, on_constant=on_constant)
+    return _Pearson.apply(eps, level_reduction, on_constant, len(students), *students, *teachers)
+
+
+class PearsonLoss(LossModule):
+    """:func:`pearson_loss` as a module: the same keywords, and ``loss_weight``, which multiplies the result."""
+
+    function = staticmethod(pearson_loss)

@@ -1,0 +1,49 @@
+"""What every test shares: the backends and devices to run on, a poisoned allocator, and reproducible numbers.
+
+A test that needs a GPU is marked `gpu`: it skips by itself where there is none, and fails instead under
+KDKERNELS_REQUIRE_GPU=1, so that a run on a GPU machine cannot pass by skipping.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+import kdkernels as kd
+from kdkernels import native
+
+REQUIRE_GPU = os.environ.get("KDKERNELS_REQUIRE_GPU") == "1"
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        if REQUIRE_GPU:
+            pytest.fail("KDKERNELS_REQUIRE_GPU=1, but torch sees no GPU")
+        pytest.skip("needs a GPU")
+
+
+@pytest.fixture(autouse=True)
+def reproducible():
+    """Each test starts from the same seed, and leaves threads and instruction set as it found them."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    if native.status("cpu").state == "loaded":
+        native.set_cpu_capability("avx512")
+
+
+@pytest.fixture(params=["base", "avx2", "avx512", "reference"])
+def backend(request):
+    """Every implementation that runs on the CPU: the kernels at each instruction set, and the formula."""
+    if request.param == "reference":
+        with kd.use_backend("reference"):
+            yield request.param
+        return
+    assert native.load("cpu"), f"the CPU kernels could not be had: {native.status('cpu').reason}"
+    if native.set_cpu_capability(request.param) != request.param:
+        pytest.skip(f"this CPU has no {request.param}")
+    with kd.use_backend("cpu"):
+        yield request.param
