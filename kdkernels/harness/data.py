@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -89,11 +90,11 @@ class CocoPictures(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict]:
         image = self.images[index]
-        io = require("torchvision.io")
         path = self.folder / image["file_name"]
         try:
-            picture = io.decode_image(str(path), mode=io.ImageReadMode.RGB)
-        except RuntimeError as error:
+            with require("PIL.Image").open(path) as opened:
+                picture = torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1)
+        except OSError as error:
             raise DataError(f"{path} cannot be read as a picture: {error}") from error
         height, width = picture.shape[-2:]
         size = self.image_size
@@ -137,11 +138,11 @@ def coco_ground_truth(targets: list[dict], size: int, ids: list[int], names: lis
 
 def write_coco_folder(root: str | Path, split: str, pictures: ScenePictures) -> None:
     """Write a split of scenes as the COCO-format folder that ``CocoPictures`` (and ``--data-path``) reads."""
-    io = require("torchvision.io")
+    image = require("PIL.Image")
     folder = Path(root) / f"{split}2017"
     folder.mkdir(parents=True, exist_ok=True)
     for entry, picture in zip(pictures.coco["images"], pictures.pictures, strict=True):
-        io.write_png(picture, str(folder / entry["file_name"]))
+        image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / entry["file_name"])
     annotations = Path(root) / "annotations"
     annotations.mkdir(exist_ok=True)
     (annotations / f"instances_{split}2017.json").write_text(json.dumps(pictures.coco), encoding="utf-8")
