@@ -123,8 +123,8 @@ double planes_forward(const FeatureLevel& level, const FeatureWalk& walk, double
 }
 
 // channels_last: a task has up to `group` channels and all pixels, in chunks whose values are used twice from the
-// cache.
-constexpr int group = 64, chunk = 64;
+// cache. A vector holds neighbouring channels, so its sums stay in registers while the pixels go by.
+constexpr int group = 64, chunk = 128;
 
 template <class A>
 struct PixelChunk {
@@ -143,28 +143,66 @@ struct PixelChunk {
   }
 };
 
-// Moments of `channels` neighbouring channels over one chunk of pixels. Plain loops over channels: the compiler's
-// vectors.
+// Calls body(c, at) for each vector of channels c, c + 1, ...; at(row) loads it from a row of `channels` values.
+template <class A, class F>
+KD_HD void each_channel_vector(int channels, const F& body) {
+  int c = 0;
+  for (; c + lanes<A> <= channels; c += lanes<A>) body(c, [&](const A* row) { return load(row + c); });
+  const int rest = channels - c;
+  if (rest) body(c, [&](const A* row) { return load_part(row + c, rest, A(0)); });
+}
+
+// Moments of `channels` neighbouring channels over one chunk of pixels.
 template <class A>
 void add_pixels(Moments* moments, const A* const* x, int count, int channels, const A* shift) {
-  A sum[group], middle[group], squares[group];
-  for (int c = 0; c < channels; ++c) sum[c] = squares[c] = 0;
-  for (int i = 0; i < count; ++i) {
-    const A* row = x[i];
-    for (int c = 0; c < channels; ++c) sum[c] += row[c] - shift[c];
-  }
-  for (int c = 0; c < channels; ++c) middle[c] = sum[c] / A(count);
-  for (int i = 0; i < count; ++i) {
-    const A* row = x[i];
-    for (int c = 0; c < channels; ++c) {
-      const A d = (row[c] - shift[c]) - middle[c];
-      squares[c] += d * d;
+  using V = vec<A>;
+  each_channel_vector<A>(channels, [&](int c, const auto& at) {
+    const V from = at(shift);
+    V sum = constant<V>(0), squares = constant<V>(0);
+    for (int i = 0; i < count; ++i) sum += at(x[i]) - from;
+    const V middle = sum / A(count);
+    for (int i = 0; i < count; ++i) {
+      const V d = (at(x[i]) - from) - middle;
+      squares += d * d;
     }
+    for (int j = 0; j < lanes<A> && c + j < channels; ++j) {
+      const double mean = double(sum[j]) / count, rounding = mean - double(middle[j]);
+      moments[c + j].merge(count, mean, double(squares[j]) - count * rounding * rounding);
+    }
+  });
+}
+
+// What standardises `channels` neighbouring channels of one side.
+template <class A>
+struct StandardGroup {
+  A shift[group], rest[group], scale[group];
+
+  void set(int c, const Standard<A>& of) {
+    shift[c] = of.shift;
+    rest[c] = of.rest;
+    scale[c] = A(of.scale);
   }
-  for (int c = 0; c < channels; ++c) {
-    const double mean = double(sum[c]) / count, rounding = mean - double(middle[c]);
-    moments[c].merge(count, mean, double(squares[c]) - count * rounding * rounding);
-  }
+};
+
+template <class A>
+void add_pixel_differences(DifferenceSums* sums, const PixelChunk<A>& values, int count, int channels,
+                           const StandardGroup<A>& of_s, const StandardGroup<A>& of_t) {
+  using V = vec<A>;
+  each_channel_vector<A>(channels, [&](int c, const auto& at) {
+    const V shift_s = at(of_s.shift), rest_s = at(of_s.rest), scale_s = at(of_s.scale);
+    const V shift_t = at(of_t.shift), rest_t = at(of_t.rest), scale_t = at(of_t.scale);
+    V u = constant<V>(0), v = constant<V>(0);
+    for (int i = 0; i < count; ++i) {
+      const V a = ((at(values.s[i]) - shift_s) - rest_s) * scale_s;
+      const V difference = a - ((at(values.t[i]) - shift_t) - rest_t) * scale_t;
+      u += difference * difference;
+      v += a * difference;
+    }
+    for (int j = 0; j < lanes<A> && c + j < channels; ++j) {
+      sums[c + j].u += u[j];
+      sums[c + j].v += v[j];
+    }
+  });
 }
 
 template <class A>
@@ -180,51 +218,30 @@ double pixels_forward(const FeatureLevel& level, const FeatureWalk& walk, double
         for (int64_t first = 0; first < pixels; first += chunk) {
           const int count = int(pixels - first < chunk ? pixels - first : chunk);
           values.read(level, walk, first, count, channel, channels);
-          body(count);
+          body(count, first == 0);
         }
       };
       Moments ms[group], mt[group];
       A first_s[group], first_t[group];
-      bool started = false;
-      each_chunk([&](int count) {
-        if (!started) {
-          for (int c = 0; c < channels; ++c) {
-            first_s[c] = values.s[0][c];
-            first_t[c] = values.t[0][c];
-          }
-          started = true;
+      each_chunk([&](int count, bool start) {
+        for (int c = 0; start && c < channels; ++c) {
+          first_s[c] = values.s[0][c];
+          first_t[c] = values.t[0][c];
         }
         add_pixels(ms, values.s, count, channels, first_s);
         add_pixels(mt, values.t, count, channels, first_t);
       });
-      A center_s[group], rests[group], scales[group], center_t[group], rest_of_t[group], scale_of_t[group];
-      DifferenceSums sums[group];
+      StandardGroup<A> of_s, of_t;
       for (int c = 0; c < channels; ++c) {
-        const Standard<A> of_s(first_s[c], ms[c], options.eps), of_t(first_t[c], mt[c], options.eps);
-        center_s[c] = of_s.shift, rests[c] = of_s.rest, scales[c] = A(of_s.scale);
-        center_t[c] = of_t.shift, rest_of_t[c] = of_t.rest, scale_of_t[c] = A(of_t.scale);
+        of_s.set(c, Standard<A>(first_s[c], ms[c], options.eps));
+        of_t.set(c, Standard<A>(first_t[c], mt[c], options.eps));
       }
-      each_chunk([&](int count) {
-        A u[group], v[group];
-        for (int c = 0; c < channels; ++c) u[c] = v[c] = 0;
-        for (int i = 0; i < count; ++i) {
-          const A *s = values.s[i], *t = values.t[i];
-          for (int c = 0; c < channels; ++c) {
-            const A a = ((s[c] - center_s[c]) - rests[c]) * scales[c];
-            const A difference = a - ((t[c] - center_t[c]) - rest_of_t[c]) * scale_of_t[c];
-            u[c] += difference * difference;
-            v[c] += a * difference;
-          }
-        }
-        for (int c = 0; c < channels; ++c) {
-          sums[c].u += u[c];
-          sums[c].v += v[c];
-        }
-      });
+      DifferenceSums sums[group];
+      each_chunk([&](int count, bool) { add_pixel_differences(sums, values, count, channels, of_s, of_t); });
       for (int c = 0; c < channels; ++c) {
-        const Standard<A> of_s(first_s[c], ms[c], options.eps), of_t(first_t[c], mt[c], options.eps);
-        losses[channel + c] = finish(of_s, of_t, sums[c], double(pixels), share, options,
-                                     statistics + (channel + c) * statistics_per_channel);
+        losses[channel + c] =
+            finish(Standard<A>(first_s[c], ms[c], options.eps), Standard<A>(first_t[c], mt[c], options.eps), sums[c],
+                   double(pixels), share, options, statistics + (channel + c) * statistics_per_channel);
       }
     }
   });
@@ -255,24 +272,36 @@ void forward(const FeatureLevel* levels, int count, const PearsonOptions& option
   *loss = A(total);
 }
 
-template <class A>
-KD_HD void gradient_run(A* grad, const A* s, const A* t, int n, const A* stat, A upstream) {
+// One run of the gradient. `at(k, i)` is statistic k: the channel's for every i (NCHW), or of channel i
+// (channels_last).
+template <class A, class F>
+KD_HD void gradient_run(A* grad, const A* s, const A* t, int n, A upstream, const F& at) {
   using V = vec<A>;
-  const A fs = upstream * stat[factor_s], ft = upstream * stat[factor_t];
-  const A cs = stat[shift_s], rs = stat[rest_s], ct = stat[shift_t], rt = stat[rest_t];
-  const auto gradient = [&](V student, V teacher) -> V {
-    return fs * ((student - cs) - rs) - ft * ((teacher - ct) - rt);
+  const auto gradient = [&](V student, V teacher, int i, int k) -> V {
+    const V from_s = (student - at(shift_s, i, k)) - at(rest_s, i, k);
+    const V from_t = (teacher - at(shift_t, i, k)) - at(rest_t, i, k);
+    return upstream * (at(factor_s, i, k) * from_s - at(factor_t, i, k) * from_t);
   };
   for_each_vector<A>(
-      n, [&](int i) { store<A>(grad + i, gradient(load(s + i), load(t + i))); },
+      n, [&](int i) { store<A>(grad + i, gradient(load(s + i), load(t + i), i, lanes<A>)); },
       [&](int i, int k) {
-        store_part<A>(grad + i, gradient(load_part(s + i, k, A(0)), load_part(t + i, k, A(0))), k);
+        store_part<A>(grad + i, gradient(load_part(s + i, k, A(0)), load_part(t + i, k, A(0)), i, k), k);
       });
 }
 
 template <class A>
 void backward(const FeatureLevel& level, A upstream, const A* statistics, const Threads& threads) {
+  using V = vec<A>;
   const FeatureWalk walk(level);
+  // For channels_last, each statistic's channels side by side.
+  A* columns = nullptr;
+  if (walk.channels_inner) {
+    columns = static_cast<A*>(malloc(sizeof(A) * size_t(level.c) * statistics_per_channel));
+    for (int64_t c = 0; c < level.c; ++c) {
+      for (int k = 0; k < statistics_per_channel; ++k)
+        columns[k * level.c + c] = statistics[c * statistics_per_channel + k];
+    }
+  }
   parallel(threads, walk.units, walk.grain, [&](int64_t begin, int64_t end) {
     A scratch_s[block_size], scratch_t[block_size], scratch_g[block_size];
     for (int64_t unit = begin; unit < end; ++unit) {
@@ -282,20 +311,23 @@ void backward(const FeatureLevel& level, A upstream, const A* statistics, const 
         const A* t =
             read_block(level.teacher.data, level.teacher.dtype, run.teacher, walk.teacher_step, run.n, scratch_t);
         A* g = result_block(level.grad.data, level.grad.dtype, run.grad, walk.grad_step, scratch_g);
-        const A* stat = statistics + run.channel * statistics_per_channel;
         if (walk.channels_inner) {
-          for (int i = 0; i < run.n; ++i) {
-            const A* row = stat + i * statistics_per_channel;
-            g[i] = upstream * (row[factor_s] * ((s[i] - row[shift_s]) - row[rest_s]) -
-                               row[factor_t] * ((t[i] - row[shift_t]) - row[rest_t]));
-          }
+          gradient_run(g, s, t, run.n, upstream, [&](int k, int i, int n) -> V {
+            const A* from = columns + k * level.c + run.channel + i;
+            return n == lanes<A> ? load(from) : load_part(from, n, A(0));
+          });
         } else {
-          gradient_run(g, s, t, run.n, stat, upstream);
+          V row[statistics_per_channel];
+          for (int k = 0; k < statistics_per_channel; ++k) {
+            row[k] = constant<V>(0) + statistics[run.channel * statistics_per_channel + k];
+          }
+          gradient_run(g, s, t, run.n, upstream, [&](int k, int, int) -> V { return row[k]; });
         }
         write_block(level.grad.data, level.grad.dtype, run.grad, walk.grad_step, run.n, g);
       });
     }
   });
+  free(columns);
 }
 
 }  // namespace

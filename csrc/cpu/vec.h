@@ -68,19 +68,29 @@ KD_HD void store_part(A* p, vec<A> v, int n) {
   for (int i = 0; i < n; ++i) p[i] = v[i];
 }
 
-// Sum and maximum over the lanes, always in the same order. The sum is taken in double.
+// Sum and maximum over the lanes, always in the same order: four interleaved chains, which overlap. The sum is taken in
+// double.
 template <class A>
 KD_HD double sum_lanes(vec<A> v) {
-  double total = 0;
-  for (int i = 0; i < lanes<A>; ++i) total += v[i];
-  return total;
+  constexpr int chains = lanes<A> < 4 ? lanes<A> : 4;
+  double total[4] = {0, 0, 0, 0};
+  for (int i = 0; i < lanes<A>; i += chains) {
+    for (int j = 0; j < chains; ++j) total[j] += v[i + j];
+  }
+  return (total[0] + total[2]) + (total[1] + total[3]);
 }
 
 template <class A>
 KD_HD A max_lanes(vec<A> v) {
-  A best = v[0];
-  for (int i = 1; i < lanes<A>; ++i) best = v[i] > best ? v[i] : best;
-  return best;
+  constexpr int chains = lanes<A> < 4 ? lanes<A> : 4;
+  A best[chains];
+  for (int j = 0; j < chains; ++j) best[j] = v[j];
+  for (int i = chains; i < lanes<A>; i += chains) {
+    for (int j = 0; j < chains; ++j) best[j] = v[i + j] > best[j] ? v[i + j] : best[j];
+  }
+  A most = best[0];
+  for (int j = 1; j < chains; ++j) most = best[j] > most ? best[j] : most;
+  return most;
 }
 
 // Walks over n values: full(i) for each whole vector at i, then part(i, count) for the count < lanes that are left.

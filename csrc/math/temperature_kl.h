@@ -1,5 +1,5 @@
 // KL(softmax(t / T) || softmax(s / T)) of one row, from sums under each side's maximum:
-//   KL = (1 / T) sum_c p_t,c ((t_c - max t) - (s_c - max s)) - log(sum_t) + log(sum_s).
+//   KL = (1 / T) sum_c p_t,c ((t_c - max t) - (s_c - max s)) + log(sum_s / sum_t).
 // The gradient of T^2 KL is T (p_s - p_t).
 #pragma once
 
@@ -33,7 +33,7 @@ struct KlState {
 
   // The divergence is never negative; rounding may be.
   KD_HD double value(double inverse_temperature) const {
-    const double kl = dot * inverse_temperature / teacher.sum - log(teacher.sum) + log(student.sum);
+    const double kl = dot * inverse_temperature / teacher.sum + log(student.sum / teacher.sum);
     return kl < 0 ? 0 : kl;
   }
 };
