@@ -1,0 +1,171 @@
+"""Time, floors and memory of providers on the CPU. How anything is measured is decided here.
+
+One sample of a provider is a forward with a graph, its backward, and a forward without a graph; forward plus backward
+("both") is the same clock read across the two, not a sum of medians. Samples of all providers and both floors
+alternate in one process, so that a slow minute of the machine falls on everybody. Inputs are hot or cold as the machine
+leaves them after the other providers have run; logits and features are hot in training, too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import mmap
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from harness import Provider
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own lines would bury the progress
+MODES = ("forward", "backward", "both", "no_grad")
+FLOORS = ("touched", "fresh")
+FEWEST, MOST = 9, 200
+
+
+def _sample(function: Callable[..., Tensor], student: Tensor, constants: Sequence[Tensor]) -> dict[str, float]:
+    student.grad = None  # so that each backward allocates its gradient, as after zero_grad(set_to_none=True)
+    begin = time.perf_counter()
+    loss = function(student, *constants)
+    middle = time.perf_counter()
+    loss.backward()
+    end = time.perf_counter()
+    del loss
+    student.grad = None
+    with torch.no_grad():
+        start = time.perf_counter()
+        function(student, *constants)
+        stop = time.perf_counter()
+    return {"forward": middle - begin, "backward": end - middle, "both": end - begin, "no_grad": stop - start}
+
+
+def _words(x: Tensor) -> Tensor:
+    """The bytes of a tensor as integers: moved without arithmetic that a dtype could slow down."""
+    flat = x.detach().reshape(-1)
+    return flat.view(torch.int32 if flat.numel() * flat.element_size() % 4 == 0 else torch.uint8)
+
+
+class Floors:
+    """A read of student and teacher and a write of one output of that size: into touched memory, and into new pages."""
+
+    def __init__(self, student: Tensor, teacher: Tensor):
+        self.student, self.teacher = _words(student), _words(teacher)
+        self.buffer = torch.zeros_like(self.student)
+
+    def sample(self) -> dict[str, float]:
+        begin = time.perf_counter()
+        torch.bitwise_xor(self.student, self.teacher, out=self.buffer)
+        middle = time.perf_counter()
+        # Mapped by hand: an allocator might give back pages that were touched before.
+        pages = mmap.mmap(-1, max(1, self.buffer.numel() * self.buffer.element_size()))
+        fresh = torch.frombuffer(pages, dtype=self.buffer.dtype)
+        torch.bitwise_xor(self.student, self.teacher, out=fresh)
+        end = time.perf_counter()
+        return {"touched": middle - begin, "fresh": end - middle}
+
+
+def _leaf(inputs: Sequence[Tensor]) -> Tensor:
+    return inputs[0].detach().clone().requires_grad_()
+
+
+def trial(function: Callable[..., Tensor], inputs: Sequence[Tensor], rounds: int = 5) -> float:
+    """A quick median of forward plus backward: enough to choose between settings of one provider."""
+    student = _leaf(inputs)
+    samples = [_sample(function, student, inputs[1:])["both"] for _ in range(rounds + 1)]
+    return sorted(samples[1:])[rounds // 2]
+
+
+def interleaved(
+    providers: Sequence[Provider],
+    inputs: Sequence[Tensor],
+    rounds: int | None,
+    seconds: float,
+    say: Callable[[str], None],
+) -> tuple[dict[str, dict[str, list[float]]], dict[str, list[float]]]:
+    """Seconds per provider and mode, and per floor: as many rounds as asked for, or as fit into `seconds`."""
+    student = _leaf(inputs)
+    floors = Floors(inputs[0], inputs[1])
+
+    def one_round(shift: int) -> dict[str, dict[str, float]]:
+        found = {}
+        for i in range(len(providers)):
+            provider = providers[(i + shift) % len(providers)]  # nobody is always the one after the same other
+            provider.prepare()
+            found[provider.name] = _sample(provider.function, student, inputs[1:])
+        return found | {"floor": floors.sample()}
+
+    say("    warming up")
+    for shift in range(2):
+        begin = time.perf_counter()
+        one_round(shift)
+        took = time.perf_counter() - begin
+    rounds = rounds or max(FEWEST, min(MOST, int(seconds / took)))
+    say(f"    timing {len(providers)} providers, {rounds} rounds, about {rounds * took:.0f} s")
+    times: dict[str, dict[str, list[float]]] = {p.name: {mode: [] for mode in MODES} for p in providers}
+    floor_times: dict[str, list[float]] = {name: [] for name in FLOORS}
+    gc.collect()
+    gc.disable()
+    try:
+        for shift in range(rounds):
+            for name, sample in one_round(shift).items():
+                into = floor_times if name == "floor" else times[name]
+                for mode, value in sample.items():
+                    into[mode].append(value)
+    finally:
+        gc.enable()
+    return times, floor_times
+
+
+def _allocated(function: Callable[[], object]) -> tuple[int, int]:
+    """Bytes from PyTorch's allocator while `function` runs: the most at any moment, and what its result still holds."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = function()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    del result
+    return peak, now
+
+
+def _resident_peak() -> int | None:
+    try:
+        with open("/proc/self/status") as status:
+            fields = dict(line.split(":", 1) for line in status)
+        return int(fields["VmHWM"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def _resident_growth(function: Callable[[], object]) -> int | None:
+    """How far the process grew beyond what it had: sees scratch memory that is not PyTorch's. Linux only."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # free memory is handed back, so that using it again shows
+        with open("/proc/self/clear_refs", "w") as marks:
+            marks.write("5")
+    except (OSError, AttributeError):
+        return None
+    before = _resident_peak()
+    result = function()
+    after = _resident_peak()
+    del result
+    return None if before is None or after is None else after - before
+
+
+def forward_memory(provider: Provider, inputs: Sequence[Tensor]) -> dict[str, int | None]:
+    """Bytes of one forward with a graph, inputs excluded: peak, kept for backward, and the growth of the process."""
+    provider.prepare()
+    student = _leaf(inputs)
+
+    def forward() -> Tensor:
+        return provider.function(student, *inputs[1:])
+
+    forward()
+    peak, kept = _allocated(forward)
+    return {"peak": peak, "kept": kept, "resident": _resident_growth(forward)}
