@@ -41,8 +41,8 @@ if _forced is not None and _forced not in BACKENDS:
 def define(name: str, schema: str, fake: Callable[..., Any]) -> Any:
     """Declares kdkernels::`name` with its schema and its fake implementation, and returns the op.
 
-    The op has no autograd formula and stays private: each loss wraps it in an autograd Function. Until the shared object
-    is loaded, a first execution (of a compiled graph, say) loads or builds it and then runs the kernel.
+    The op has no autograd formula and stays private: each loss wraps it in an autograd Function. Until the shared
+    object is loaded, a first execution (of a compiled graph, say) loads or builds it and then runs the kernel.
     """
     qualified = f"kdkernels::{name}"
     if not hasattr(torch.ops.kdkernels, name):  # importlib.reload runs this file again
@@ -75,8 +75,8 @@ def _cpu_usable() -> bool:
 def backend_for(loss: str, student: torch.Tensor, teacher: torch.Tensor, *, differentiable: bool = False) -> str:
     """Which backend serves one call of `loss`: "cpu" or "reference".
 
-    `differentiable` says that something besides the student asks for a gradient (a weight), which only the formula gives.
-    Raises RuntimeError, naming op, device and dtypes, where a forced backend cannot serve.
+    `differentiable` says that something besides the student asks for a gradient (a weight), which only the formula
+    gives. Raises RuntimeError, naming op, device and dtypes, where a forced backend cannot serve.
     """
     device = student.device.type
     if _forced == "reference":
@@ -139,7 +139,8 @@ class BackendInfo(dict):
 
 
 def backend_info(*, build: bool = False) -> BackendInfo:
-    """Which implementation serves each loss here, and why: ``{loss: {device: (backend, reason)}}``; ``str()`` is a table.
+    """Which implementation serves each loss here, and why: ``{loss: {device: (backend, reason)}}``; ``str()`` is a
+    table.
 
     With ``build=True`` kernels that would be built on first use are built now.
     """

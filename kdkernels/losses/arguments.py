@@ -1,4 +1,5 @@
-"""Argument checks that the losses share. Each raises TypeError or ValueError that names the argument and what was wrong.
+"""Argument checks that the losses share. Each raises TypeError or ValueError that names the argument and what was
+wrong.
 
 All of them look at shapes, dtypes and devices only: nothing here reads a tensor on the host, except the mask's range
 on the CPU, where that synchronises nothing.
@@ -63,7 +64,9 @@ def check_device(name: str, x: Tensor, student: Tensor) -> None:
 
 
 def feature_levels(name: str, x: Features, keys: Sequence[Any] | None = None) -> list[Tensor]:
-    """One tensor, or a list, tuple or dict of pyramid levels, as a list. A dict gives its values in the order of `keys`."""
+    """One tensor, or a list, tuple or dict of pyramid levels, as a list. A dict gives its values in the order
+    of `keys`.
+    """
     if isinstance(x, Tensor):
         return [x]
     if isinstance(x, Mapping):

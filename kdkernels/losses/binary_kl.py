@@ -44,7 +44,8 @@ _forward = ops.define(
 )
 _backward = ops.define(
     "binary_kl_backward",
-    "(Tensor grad_loss, Tensor student, Tensor teacher, float temperature, Tensor coefficients, bool per_row) -> Tensor",
+    "(Tensor grad_loss, Tensor student, Tensor teacher, float temperature, Tensor coefficients, bool per_row) "
+    "-> Tensor",
     _fake_backward,
 )
 
@@ -86,7 +87,8 @@ def binary_kl_loss(
     reduction: str = "batchmean",
     avg_factor: Scalar | None = None,
 ) -> Tensor:
-    r"""Kullback-Leibler divergence of independent Bernoulli distributions, one per class, from raw logits of a sigmoid head.
+    r"""Kullback-Leibler divergence of independent Bernoulli distributions, one per class, from raw logits of a
+    sigmoid head.
 
     .. math::
         L_r = T^2 \sum_c \Big[ p_c \log\frac{p_c}{q_c} + (1 - p_c) \log\frac{1 - p_c}{1 - q_c} \Big], \qquad
@@ -95,24 +97,26 @@ def binary_kl_loss(
     Args:
         student: logits (..., C) of a sigmoid head (RPN, RetinaNet, FCOS, YOLO); rows are all leading dimensions.
             float32, bfloat16, float16, float64.
-        teacher: the same shape; a constant. Alike in dtype or float32 for the compiled kernels; else the formula serves.
+        teacher: the same shape; a constant. Alike in dtype or float32 for the compiled kernels; else the formula
+            serves.
         temperature: T, above 0. The loss carries T^2.
         weight: one number per row, shaped like the rows. The numerator is weighted; the divisor is not.
-        reduction: ``"batchmean"`` (sum over rows / rows), ``"mean"`` (sum / (rows x classes)), ``"sum"``, or ``"none"`` (one
-            value per row, summed over classes).
+        reduction: ``"batchmean"`` (sum over rows / rows), ``"mean"`` (sum / (rows x classes)), ``"sum"``, or
+            ``"none"`` (one value per row, summed over classes).
         avg_factor: replaces the number of rows in a mean: a number or a 0-d float32 tensor, read on the device. A value
             of 0 or less gives 0.
 
     Returns:
-        A 0-d float32 tensor (float64 where either side is), or one value per row. The gradient, in the student's dtype and
-        memory format, is :math:`T (\sigma(s/T) - \sigma(t/T))`, times the row's weight over the divisor.
+        A 0-d float32 tensor (float64 where either side is), or one value per row. The gradient, in the student's
+        dtype and memory format, is :math:`T (\sigma(s/T) - \sigma(t/T))`, times the row's weight over the divisor.
 
-    Edge cases: a probability of 0 on the teacher's side contributes 0 whatever the student has, so equal infinities give 0;
-    an infinite student logit that rules out what the teacher has gives +inf. No rows: 0, with a graph. NaN stays in its row.
+    Edge cases: a probability of 0 on the teacher's side contributes 0 whatever the student has, so equal infinities
+    give 0; an infinite student logit that rules out what the teacher has gives +inf. No rows: 0, with a graph. NaN
+    stays in its row.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices that do not fit, no classes, a temperature that is not above 0, a
-            teacher that requires a gradient, avg_factor with a reduction that divides by nothing.
+        TypeError, ValueError: shapes, dtypes or devices that do not fit, no classes, a temperature that is not above
+            0, a teacher that requires a gradient, avg_factor with a reduction that divides by nothing.
 
     Source: the two-class case of Hinton et al. 2015: softmax of [0, z] is [1 - sigmoid(z), sigmoid(z)].
     """

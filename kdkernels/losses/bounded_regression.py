@@ -133,36 +133,38 @@ def bounded_regression_loss(
     reduction: str = "mean",
     avg_factor: Scalar | None = None,
 ) -> Tensor:
-    r"""Smooth L1 to the target, plus a squared error that is charged only while the student is not better than the teacher.
+    r"""Smooth L1 to the target, plus a squared error that is charged only while the student is not better than the
+    teacher.
 
     .. math::
         L_r = \lambda \sum_i \operatorname{smoothL1}_\beta(s_i - y_i) + \nu \sum_i g_i (s_i - y_i)^2, \qquad
         g = 1[\, e(s, y) + m > e(t, y) \,]
 
     Args:
-        student: box deltas (..., 4) of the rows that have a target; rows are all leading dimensions. Offsets, as the head
-            predicts them. float32, bfloat16, float16, float64.
+        student: box deltas (..., 4) of the rows that have a target; rows are all leading dimensions. Offsets, as the
+            head predicts them. float32, bfloat16, float16, float64.
         teacher: the same shape, on the same proposals; a constant. Alike in dtype or float32 for the compiled kernels.
         target: the deltas y to regress to, same shape; a constant. The student's dtype, or any that it may be cast to.
         margin: m. With m > 0 the student is charged until it beats the teacher by m. The paper gives no value.
         bound_weight: nu (paper: 0.5), smooth_l1_weight: a number, or a 0-d float32 tensor that is read on the device.
         beta: where smooth L1 turns from quadratic to linear; 0 is plain L1.
-        gate: what e compares: ``"row"``, the squared error of a row's four coordinates; ``"element"``, of each coordinate;
-            ``"batch"``, the mean over all rows and coordinates (one gate for all).
+        gate: what e compares: ``"row"``, the squared error of a row's four coordinates; ``"element"``, of each
+            coordinate; ``"batch"``, the mean over all rows and coordinates (one gate for all).
         weight: one number per row, shaped like the rows. The numerator is weighted; neither divisor nor gate is.
         reduction: ``"mean"`` (sum over rows / rows), ``"sum"``, or ``"none"`` (one value per row).
-        avg_factor: replaces the number of rows in the mean: a number or a 0-d float32 tensor. A value of 0 or less gives 0.
+        avg_factor: replaces the number of rows in the mean: a number or a 0-d float32 tensor. A value of 0 or less
+            gives 0.
 
     Returns:
         A 0-d float32 tensor (float64 where either side is), or one value per row; both terms are summed over the four
-        coordinates. The gradient, in the student's dtype, is :math:`\lambda \operatorname{clip}(d/\beta, -1, 1) + 2 \nu g d`
-        with :math:`d = s - y`; the gate is a step and passes none.
+        coordinates. The gradient, in the student's dtype, is :math:`\lambda \operatorname{clip}(d/\beta, -1, 1) + 2
+        \nu g d` with :math:`d = s - y`; the gate is a step and passes none.
 
     Edge cases: no rows give 0, with a graph. At equality the gate is closed.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices that do not fit, a last dimension that is not 4, a negative beta, a
-            teacher or target that requires a gradient.
+        TypeError, ValueError: shapes, dtypes or devices that do not fit, a last dimension that is not 4, a negative
+            beta, a teacher or target that requires a gradient.
 
     Source: Chen et al. 2017, eq. 4-5. Published: nu 0.5, lambda 1.
     """
@@ -219,6 +221,8 @@ def bounded_regression_loss(
 
 
 class BoundedRegressionLoss(LossModule):
-    """:func:`bounded_regression_loss` as a module: the same keywords, and ``loss_weight``, which multiplies the result."""
+    """:func:`bounded_regression_loss` as a module: the same keywords, and ``loss_weight``, which multiplies
+    the result.
+    """
 
     function = staticmethod(bounded_regression_loss)

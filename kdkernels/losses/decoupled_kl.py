@@ -102,19 +102,20 @@ def decoupled_kl_loss(
             \frac{w_b}{K_b} \sum_{r \in b} T_b^2 \, KL(p^{t,T_b}_r \| p^{s,T_b}_r)
 
     Args:
-        student: logits (..., C), background included as a class where the head has one; rows are all leading dimensions.
-            float32, bfloat16, float16, float64.
+        student: logits (..., C), background included as a class where the head has one; rows are all leading
+            dimensions. float32, bfloat16, float16, float64.
         teacher: the same shape, on the same proposals; a constant. Alike in dtype or float32 for the compiled kernels.
         foreground: bool, one per row: whether the row is a foreground proposal.
         foreground_weight, background_weight: a number, or a 0-d float32 tensor that is read on the device.
         foreground_temperature, background_temperature: above 0.
         weight: one number per row, shaped like the rows. The numerator is weighted; the counts are not.
-        reduction: ``"mean"`` (each region divided by its own number of rows), ``"sum"`` (no division), or ``"none"`` (one
+        reduction: ``"mean"`` (each region divided by its own number of rows), ``"sum"`` (no division), or ``"none"``
+            (one
             value per row: region weight, row weight and T^2 included, no division).
 
     Returns:
-        A 0-d float32 tensor (float64 where either side is), or one value per row. The gradient, in the student's dtype and
-        memory format, is :math:`w_g T_g / K_g \, (p^s - p^t)` for a row of region g.
+        A 0-d float32 tensor (float64 where either side is), or one value per row. The gradient, in the student's
+        dtype and memory format, is :math:`w_g T_g / K_g \, (p^s - p^t)` for a row of region g.
 
     Edge cases: a region without rows gives 0, with a graph; no rows at all likewise. Infinities as in
     :func:`temperature_kl_loss`.

@@ -146,7 +146,8 @@ def masked_mse_loss(
 
     Args:
         student: features (N, C, H, W), or a list, tuple or dict of pyramid levels. float32, bfloat16, float16, float64.
-        teacher: the same shapes; a constant. Alike in dtype or float32 for the compiled kernels; else the formula serves.
+        teacher: the same shapes; a constant. Alike in dtype or float32 for the compiled kernels; else the formula
+            serves.
         mask: (N, H, W) per level, bool or real in [0, 1]; see :mod:`kdkernels.masks`.
         foreground_weight, background_weight: a number, or a 0-d float32 tensor that is read on the device. A background
             weight of 0 switches the background off (FGFI and TADF have none).
@@ -155,8 +156,9 @@ def masked_mse_loss(
         level_reduction: ``"mean"`` (levels with an empty region count: DeFeat) or ``"sum"``.
 
     Returns:
-        A 0-d float32 tensor (float64 where either side is). The gradient has each student level's dtype and memory format:
-        :math:`2 (S - T) [w_f M / \max(1, 2 n_f) + w_b (1 - M) / \max(1, 2 n_b)]`, divided by the number of levels for "mean".
+        A 0-d float32 tensor (float64 where either side is). The gradient has each student level's dtype and memory
+        format: :math:`2 (S - T) [w_f M / \max(1, 2 n_f) + w_b (1 - M) / \max(1, 2 n_b)]`, divided by the number of
+            levels for "mean".
 
     Edge cases: no foreground, no background, empty levels: that term is 0, with a graph. NaN or infinity in a feature
     reaches the loss even where the mask is 0, as in the formula.

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 class LossModule(nn.Module):
     """Keeps a loss function's keywords and calls it. Subclasses name the function and nothing else.
 
-    Keywords that are tensors become buffers (they follow ``.to(device)``, and stay out of the state_dict). Keywords that
-    belong to a call (a target, a row weight) may also be given to ``forward``, where they win.
+    Keywords that are tensors become buffers (they follow ``.to(device)``, and stay out of the state_dict). Keywords
+    that belong to a call (a target, a row weight) may also be given to ``forward``, where they win.
     """
 
     function: Callable[..., Tensor]

@@ -84,24 +84,26 @@ def pearson_loss(
         L = \operatorname{reduce}_l \frac{1}{2 C m} \sum_c \sum_{i=1}^m (\hat s_{ci} - \hat t_{ci})^2, \qquad
         \hat x = \frac{x - \operatorname{mean}(x)}{\operatorname{sd}(x) + \varepsilon}
 
-    with :math:`m = N H W` samples per channel and the unbiased deviation. It is :math:`(m-1)/m \, (1 - \bar r)` for the mean
-    Pearson correlation :math:`\bar r`, up to eps: the scale and shift of either side do not matter.
+    with :math:`m = N H W` samples per channel and the unbiased deviation. It is :math:`(m-1)/m \, (1 - \bar r)` for
+    the mean Pearson correlation :math:`\bar r`, up to eps: the scale and shift of either side do not matter.
 
     Args:
         student: features (N, C, H, W), or a list, tuple or dict of pyramid levels. float32, bfloat16, float16, float64.
-        teacher: the same N and C; a constant. Alike in dtype or float32 for the compiled kernels; else the formula serves.
+        teacher: the same N and C; a constant. Alike in dtype or float32 for the compiled kernels; else the formula
+            serves.
         eps: added to the deviation, at least 0.
         level_reduction: ``"sum"`` (mmrazor) or ``"mean"``.
-        on_constant: what a student channel without any variation gets as gradient: ``"zero"``, or ``"reference"`` for the
-            published :math:`-\hat t_i / (C m \varepsilon)`, which is about a million times larger than usual.
-        resize: which side is resized to the other where H or W differ: ``"student"``, ``"teacher"``, or None to refuse. Bilinear,
-            align_corners=False: a float32 copy, the only one that this loss makes.
+        on_constant: what a student channel without any variation gets as gradient: ``"zero"``, or ``"reference"``
+            for the published :math:`-\hat t_i / (C m \varepsilon)`, which is about a million times larger than usual.
+        resize: which side is resized to the other where H or W differ: ``"student"``, ``"teacher"``, or None to
+            refuse. Bilinear, align_corners=False: a float32 copy, the only one that this loss makes.
 
     Returns:
-        A 0-d float32 tensor (float64 where either side is). The gradient has each student level's dtype and memory format.
+        A 0-d float32 tensor (float64 where either side is). The gradient has each student level's dtype and memory
+        format.
 
-    Edge cases: fewer than two samples per channel, and empty levels: 0 with gradient 0. A constant channel on one side has the
-    value (m-1)/(2m)/C, on both sides 0.
+    Edge cases: fewer than two samples per channel, and empty levels: 0 with gradient 0. A constant channel on one
+    side has the value (m-1)/(2m)/C, on both sides 0.
 
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or numbers of levels that do not fit; sizes that differ with

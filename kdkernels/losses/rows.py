@@ -1,4 +1,6 @@
-"""What the row losses share beyond their arguments: how a backward reads its upstream gradient, and the fakes' shapes."""
+"""What the row losses share beyond their arguments: how a backward reads its upstream gradient, and the fakes'
+shapes.
+"""
 
 from __future__ import annotations
 

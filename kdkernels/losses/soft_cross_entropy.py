@@ -160,28 +160,30 @@ def soft_cross_entropy_loss(
 
     Args:
         student: logits (..., C); rows are all leading dimensions. float32, bfloat16, float16, float64.
-        teacher: the same shape; a constant. Alike in dtype or float32 for the compiled kernels; else the formula serves.
+        teacher: the same shape; a constant. Alike in dtype or float32 for the compiled kernels; else the formula
+            serves.
         class_weight: w, (C,), on the soft part alone. Chen et al. use 1.5 for the background, 1 elsewhere.
         temperature: T of the soft part, above 0. There is no T^2: the paper has none.
-        target: labels y, int64, one per row. Rows whose label is ``ignore_index`` give 0 in both parts and do not count in
-            the mean, as in :func:`torch.nn.functional.cross_entropy`. A label out of range makes its row NaN.
+        target: labels y, int64, one per row. Rows whose label is ``ignore_index`` give 0 in both parts and do not
+            count in the mean, as in :func:`torch.nn.functional.cross_entropy`. A label out of range makes its row NaN.
         hard_weight: mu, a number or a 0-d float32 tensor that is read on the device. Needs a target unless it is 0.
         weight: one number per row, shaped like the rows. The numerator is weighted; the divisor is not.
         reduction: ``"mean"`` (sum over rows / rows that are not ignored), ``"sum"``, or ``"none"`` (one value per row).
         avg_factor: replaces the divisor of the mean: a number or a 0-d float32 tensor. A value of 0 or less gives 0.
 
     Returns:
-        A 0-d float32 tensor (float64 where either side is), or one value per row. The gradient, in the student's dtype and
-        memory format, is :math:`(1-\mu)/T \, (p^s \sum_c w_c p^t_c - w p^t) + \mu (\operatorname{softmax}(s) - 1_y)`.
-        With class weights its zero is not the teacher's distribution but the one proportional to :math:`w p^t`.
+        A 0-d float32 tensor (float64 where either side is), or one value per row. The gradient, in the student's
+        dtype and memory format, is :math:`(1-\mu)/T \, (p^s \sum_c w_c p^t_c - w p^t) + \mu
+        (\operatorname{softmax}(s) - 1_y)`. With class weights its zero is not the teacher's distribution but the one
+        proportional to :math:`w p^t`.
 
     Edge cases: :math:`p^t_c = 0` contributes 0 whatever the student has; a student logit of -inf where
-    :math:`w_c p^t_c > 0`, or at the label, gives +inf; a row all -inf on either side gives 0 with gradient 0 and is still
-    counted. No rows, all ignored: 0, with a graph.
+    :math:`w_c p^t_c > 0`, or at the label, gives +inf; a row all -inf on either side gives 0 with gradient 0 and is
+    still counted. No rows, all ignored: 0, with a graph.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices that do not fit, no classes, a temperature that is not above 0, a
-            hard weight without a target, a teacher that requires a gradient.
+        TypeError, ValueError: shapes, dtypes or devices that do not fit, no classes, a temperature that is not above
+            0, a hard weight without a target, a teacher that requires a gradient.
 
     Source: Chen et al. 2017, eq. 2 and 3. The paper gives no mu: it is the caller's choice.
     """
@@ -230,6 +232,8 @@ def soft_cross_entropy_loss(
 
 
 class SoftCrossEntropyLoss(LossModule):
-    """:func:`soft_cross_entropy_loss` as a module: the same keywords, and ``loss_weight``, which multiplies the result."""
+    """:func:`soft_cross_entropy_loss` as a module: the same keywords, and ``loss_weight``, which multiplies
+    the result.
+    """
 
     function = staticmethod(soft_cross_entropy_loss)

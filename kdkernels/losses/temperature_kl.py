@@ -93,7 +93,8 @@ def temperature_kl_loss(
 
     Args:
         student: logits (..., C); rows are all leading dimensions. float32, bfloat16, float16, float64.
-        teacher: the same shape; a constant. Alike in dtype or float32 for the compiled kernels; else the formula serves.
+        teacher: the same shape; a constant. Alike in dtype or float32 for the compiled kernels; else the formula
+            serves.
         temperature: T, above 0. The loss carries T^2, so gradients keep their size across temperatures.
         weight: one number per row, shaped like the rows. The numerator is weighted; the divisor is not.
         reduction: ``"batchmean"`` (sum over rows / rows), ``"mean"`` (sum / (rows x classes): mmdet), ``"sum"``, or
@@ -102,19 +103,19 @@ def temperature_kl_loss(
             of 0 or less gives 0.
 
     Returns:
-        A 0-d float32 tensor (float64 where either side is), or one value per row. The gradient, in the student's dtype and
-        memory format, is :math:`T (p^s - p^t)` per row, times the row's weight over the divisor.
+        A 0-d float32 tensor (float64 where either side is), or one value per row. The gradient, in the student's
+        dtype and memory format, is :math:`T (p^s - p^t)` per row, times the row's weight over the divisor.
 
     Channel-wise distillation (CWD, Shu et al. 2021) is this loss with each channel's positions as classes:
     ``temperature_kl_loss(s.flatten(2), t.flatten(2), temperature=tau)``.
 
-    Edge cases: :math:`p^t_c = 0` contributes 0 whatever the student has, both logits -inf included; a student logit of -inf
-    where :math:`p^t_c > 0` gives +inf; a row that is all -inf on either side gives 0 with gradient 0 and is still
-    counted. No rows: 0, with a graph. NaN stays in its row.
+    Edge cases: :math:`p^t_c = 0` contributes 0 whatever the student has, both logits -inf included; a student logit
+    of -inf where :math:`p^t_c > 0` gives +inf; a row that is all -inf on either side gives 0 with gradient 0 and is
+    still counted. No rows: 0, with a graph. NaN stays in its row.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices that do not fit, no classes, a temperature that is not above 0, a
-            teacher that requires a gradient, avg_factor with a reduction that divides by nothing.
+        TypeError, ValueError: shapes, dtypes or devices that do not fit, no classes, a temperature that is not above
+            0, a teacher that requires a gradient, avg_factor with a reduction that divides by nothing.
 
     Source: Hinton, Vinyals, Dean 2015, section 2.
     """
