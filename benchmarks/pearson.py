@@ -1,4 +1,4 @@
-"""Pearson (PKD) against the published formula: both sides standardised per channel, then half the mean squared error."""
+"""Pearson (PKD) against the published formula: standardise both per channel, then half the mean squared error."""
 
 from __future__ import annotations
 

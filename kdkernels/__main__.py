@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import runpy
 import sys
+from pathlib import Path
 
 
 def _info(arguments: list[str]) -> int:
@@ -33,8 +35,22 @@ def _train(arguments: list[str]) -> int:
     return main(arguments)
 
 
+def _bench(arguments: list[str]) -> int:
+    folder = Path(__file__).resolve().parents[1] / "benchmarks"
+    if not (folder / "run.py").is_file():
+        print(
+            f"python -m kdkernels bench: no benchmarks in {folder.parent}. They live in the repository, not in the "
+            "installed package: run this from a checkout, or run its benchmarks/run.py.",
+            file=sys.stderr,
+        )
+        return 2
+    sys.path.insert(0, str(folder))  # its files import each other, as when one of them is run as a script
+    return runpy.run_path(str(folder / "run.py"))["main"](arguments)
+
+
 COMMANDS = {
     "train": (_train, "distil a detector: with no argument, on small composed scenes, in about four minutes"),
+    "bench": (_bench, "time the losses against eager PyTorch and torch.compile (from a checkout)"),
     "info": (_info, "which implementation serves each loss here, and why"),
 }
 
