@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor> bounded_regression(Tensor student, Tensor teacher, Te
                                          beta,
                                          device_scalar(bound_weight, bound_weight_tensor),
                                          device_scalar(smooth_l1_weight, smooth_l1_weight_tensor),
-                                         int(gate),
+                                         enumerator("gate", gate, 3),
                                          row_reduction(reduction, avg_factor, avg_factor_tensor)};
   Tensor loss = new_loss(student, pair.wide, reduction);
   Tensor derivative = new_statistics(student, pair, coordinates);
@@ -32,6 +32,7 @@ std::tuple<Tensor, Tensor> bounded_regression(Tensor student, Tensor teacher, Te
 
 Tensor bounded_regression_backward(Tensor grad_loss, Tensor student, Tensor derivative, bool per_row) {
   RowPair pair = row_pair(student, student, std::nullopt);
+  STD_TORCH_CHECK(pair.columns == coordinates, "expected (..., 4)");
   check_backward(pair, grad_loss, per_row, derivative, coordinates);
   Tensor grad = row_gradient(student, pair);
   cpu::bounded_regression_backward(pair, grad_loss.data_ptr(), per_row, derivative.data_ptr(), torch_threads());

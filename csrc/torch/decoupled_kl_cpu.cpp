@@ -22,7 +22,7 @@ std::tuple<Tensor, Tensor> decoupled_kl(Tensor student, Tensor teacher, Tensor f
                                    foreground_temperature,
                                    background_temperature,
                                    static_cast<const bool*>(foreground.data_ptr()),
-                                   int(reduction)};
+                                   enumerator("reduction", reduction, 4)};
   Tensor loss = new_loss(student, pair.wide, reduction);
   Tensor statistics = new_statistics(student, pair, statistics_per_row);
   cpu::decoupled_kl_forward(pair, options, loss.data_ptr(), statistics.data_ptr(), torch_threads());

@@ -31,8 +31,8 @@ std::tuple<Tensor, Tensor> masked_mse(std::vector<Tensor> student, std::vector<T
     levels.push_back(masked_level(student[i], teacher[i], mask[i], wide));
   }
   const MaskedMseOptions options{device_scalar(foreground_weight, foreground_weight_tensor),
-                                 device_scalar(background_weight, background_weight_tensor), int(normalizer),
-                                 mean_levels};
+                                 device_scalar(background_weight, background_weight_tensor),
+                                 enumerator("normalizer", normalizer, 3), mean_levels};
   Tensor loss = new_buffer(student[0], {}, arithmetic_dtype(wide));
   Tensor scales = new_buffer(student[0], {int64_t(count), 2}, arithmetic_dtype(wide));
   cpu::masked_mse_forward(levels.data(), int(count), options, wide, loss.data_ptr(), scales.data_ptr(),
@@ -49,8 +49,8 @@ std::vector<Tensor> masked_mse_backward(Tensor grad_loss, std::vector<Tensor> st
   for (size_t i = 0; i < student.size(); ++i) {
     const bool wide = is_wide(student[i]);
     STD_TORCH_CHECK(grad_loss.scalar_type() == arithmetic_dtype(wide) && grad_loss.numel() == 1 &&
-                        scales.scalar_type() == arithmetic_dtype(wide) && level_of[i] >= 0 &&
-                        level_of[i] < scales.size(0),
+                        scales.scalar_type() == arithmetic_dtype(wide) && scales.is_contiguous() && scales.dim() == 2 &&
+                        scales.size(1) == 2 && level_of[i] >= 0 && level_of[i] < scales.size(0),
                     "grad_loss or scales do not belong to this loss");
     FeatureLevel level = masked_level(student[i], teacher[i], mask[i], wide);
     Tensor grad = new_gradient(student[i]);

@@ -37,7 +37,8 @@ std::vector<Tensor> pearson_backward(Tensor grad_loss, std::vector<Tensor> stude
     FeatureLevel level = feature_level(student[i], teacher[i]);
     STD_TORCH_CHECK(grad_loss.scalar_type() == arithmetic_dtype(wide) && grad_loss.numel() == 1 &&
                         statistics.scalar_type() == arithmetic_dtype(wide) && statistics.is_contiguous() &&
-                        first_channel[i] >= 0 && first_channel[i] + level.c <= statistics.size(0),
+                        statistics.dim() == 2 && statistics.size(1) == statistics_per_channel &&
+                        first_channel[i] >= 0 && first_channel[i] <= statistics.size(0) - level.c,
                     "grad_loss or statistics do not belong to this loss");
     Tensor grad = new_gradient(student[i]);
     level.grad = feature_view(grad);

@@ -26,7 +26,8 @@ inline RowPair row_pair(const Tensor& student, const Tensor& teacher, const std:
 }
 
 inline RowReduction row_reduction(int64_t kind, std::optional<double> average, const std::optional<Tensor>& tensor) {
-  return RowReduction{int(kind), average.has_value() || tensor.has_value(), device_scalar(average.value_or(0), tensor)};
+  return RowReduction{enumerator("reduction", kind, 4), average.has_value() || tensor.has_value(),
+                      device_scalar(average.value_or(0), tensor)};
 }
 
 // 0-d, or one value per row.

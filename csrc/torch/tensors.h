@@ -97,6 +97,12 @@ inline DeviceScalar device_scalar(double value, const std::optional<Tensor>& ten
   return DeviceScalar{0, static_cast<const float*>(tensor->data_ptr())};
 }
 
+// An enumerator that travelled as an integer: below `count`.
+inline int enumerator(const char* name, int64_t value, int64_t count) {
+  STD_TORCH_CHECK(value >= 0 && value < count, name, ": expected a value below ", count, ", got ", value);
+  return int(value);
+}
+
 inline Tensor new_buffer(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
   return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), dtype);
 }
