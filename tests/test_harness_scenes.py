@@ -97,7 +97,10 @@ def test_splits_share_no_column_of_a_photograph(monkeypatch):
     ramp = torch.linspace(0, 1, 640).expand(3, 427, 640)
     monkeypatch.setattr(scenes, "_sources", lambda: ([ramp], None, None))
     rng = np.random.default_rng(0)
-    spans = {split: torch.stack([scenes._background(160, split, rng) for _ in range(50)]) for split in scenes.SPLITS}
+    spans = {
+        split: torch.stack([scenes._background(160, split, rng) for _ in range(50)]) / scenes.DIM
+        for split in scenes.SPLITS
+    }
     assert spans["train"].max() < spans["val"].min()
     # and both strips are used: the crops come within a tenth of the photograph of the outer borders
     assert spans["train"].min() < 0.1 and spans["val"].max() > 0.9

@@ -60,6 +60,8 @@ def test_metrics_hold_every_row_and_step(quick):
     by_name = {entry["run"]: entry for entry in results}
     assert by_name["alone"]["steps"] == by_name["distilled"]["steps"] == 4
     assert by_name["alone, equal time"]["steps"] >= 4
+    (settings,) = records(out, "settings")
+    assert {"pearson", "masked_mse", "decoupled_kl", "bounded_regression"} <= set(settings["kernels"])
     (split,) = records(out, "step_split")
     assert set(split) == {"kind", "teacher", "student", "losses"}
     first = next(step for step in records(out, "step") if step["run"] == "distilled")
@@ -106,7 +108,7 @@ def test_a_coco_folder_takes_the_place_of_the_scenes(tmp_path, monkeypatch):
     out = tmp_path / "kdkernels-runs" / "coco-seed0-quick"
     assert {path.name for path in out.iterdir()} == FILES
     assert {entry["pictures"] for entry in records(out, "result")} == {6}
-    assert records(out, "settings")[0]["data"]["folder"]
+    assert records(out, "settings")[0]["data"]["digests"]
 
 
 @pytest.mark.parametrize(
@@ -152,6 +154,13 @@ def test_a_bad_folder_ends_with_its_flag_and_code_2(tmp_path, capsys, monkeypatc
     assert not (tmp_path / "kdkernels-runs").exists()
 
 
+def test_an_output_folder_that_cannot_be_made_is_named(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr(train, "_pictures", lambda options: (None, None, {}))
+    assert train.main(["--output-dir", str(tmp_path / "file" / "below")]) == 2
+    assert "--output-dir" in capsys.readouterr().err
+
+
 def test_a_missing_package_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     assert train.main(["--quick"]) == 1
@@ -172,6 +181,13 @@ def test_help_names_every_flag(capsys):
     text = capsys.readouterr().out
     for flag in ("--data-path", "--output-dir", "--batch-size", "--lr", "--wd", "--seed", "--device", "--quick"):
         assert flag in text
+
+
+def test_steps_that_become_much_slower_are_noticed():
+    usual = [0.1] * 40
+    assert loop.slowed(usual + [0.7] * 5) == pytest.approx(7)
+    assert loop.slowed([*usual, 0.7, 0.7, 0.1, 0.7, 0.7]) is None, "a hiccup is not"
+    assert loop.slowed([0.1] * 10 + [0.7] * 5) is None, "too early to tell"
 
 
 def test_learning_rate_warms_up_and_ends_low():

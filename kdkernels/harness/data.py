@@ -33,6 +33,8 @@ class ScenePictures(Dataset):
 
     def __init__(self, settings: SceneSettings, split: str) -> None:
         self.pictures, self.targets = compose(settings, split)
+        # Of the pixels, so that a change to how scenes are composed is seen as well.
+        self.digest = hashlib.sha256(self.pictures.numpy()).hexdigest()
         self.category_ids = list(range(10))
         self.category_names = [str(digit) for digit in range(10)]
         for index, target in enumerate(self.targets):

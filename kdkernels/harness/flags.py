@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     add("-j", "--workers", type=int, default=0, help="processes that read pictures (default: %(default)s)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
     add("--teacher-cache", metavar="DIR", help=f"folder of trained teachers (default: {default_folder()})")
-    add("--quick", action="store_true", help="a tiny run of a few seconds, to see that everything works")
+    add("--quick", action="store_true", help="a few steps on a few scenes, to see that everything works")
     return line
 
 

@@ -50,6 +50,14 @@ class Run:
         return statistics.median(self.step_seconds[len(self.step_seconds) // 10 :])
 
 
+def slowed(step_seconds: list[float]) -> float | None:
+    """How many times the median the last five steps took, each of them, where that is five times or more."""
+    if len(step_seconds) < 20:
+        return None
+    factor = min(step_seconds[-5:]) / statistics.median(step_seconds)
+    return factor if factor >= 5 else None
+
+
 def learning_rate(step: int, settings: TrainSettings) -> float:
     """The factor on ``lr`` at ``step`` (from 0): linear warm-up, then a cosine down to ``final``."""
     warmup = min(settings.warmup, max(1, settings.steps // 5))
@@ -85,6 +93,7 @@ def fit(
     run = Run(name, settings.seed, settings.steps)
     torch.manual_seed(settings.seed)  # torchvision's samplers draw from the global generator
     checkpoints = {round(settings.steps * (k + 1) / settings.evaluations) for k in range(settings.evaluations)}
+    warned = False
     detector.train()
     with progress.task(name, settings.steps) as task:
         begin = time.perf_counter()
@@ -110,6 +119,15 @@ def fit(
             entry = {"loss": loss, "losses": values, "lr": lr, "grad_norm": float(norm), "seconds": seconds}
             progress.record(kind="step", run=name, step=step, **entry)
             task.advance(step, f"loss {loss:.3f}  {1000 * run.median_step:.0f} ms/step")
+            factor = slowed(run.step_seconds)
+            if factor is not None and not warned:
+                # OpenMP's threads spin while they wait; with one busy program beside them a step can take fifty times
+                # as long.
+                warned = True
+                task.say(
+                    f"{name}: steps now take {factor:.0f} times as long as before; if other programs use the same "
+                    "cores, OMP_WAIT_POLICY=PASSIVE in the environment shares them better"
+                )
             if step in checkpoints:
                 score = evaluator(detector)
                 run.scores.append((step, run.seconds, *score))

@@ -92,19 +92,18 @@ def curves(path: Path, runs: dict[str, Run]) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
     for name, run in runs.items():
         steps = range(1, len(run.task_loss) + 1)
-        left.plot(steps, _smooth(run.task_loss), color=COLOURS[name], label=name, linewidth=1.6)
+        title = name if name == "teacher" else f"student {name}"
+        left.plot(steps, _smooth(run.task_loss), color=COLOURS[name], label=title, linewidth=1.6)
         seconds = [0.0, *(entry[1] for entry in run.scores)]
         ap50 = [0.0, *(entry[3] for entry in run.scores)]
-        right.plot(seconds, ap50, color=COLOURS[name], label=name, marker="o", markersize=4, linewidth=1.6)
-        right.annotate(
-            f"{ap50[-1]:.2f}", (seconds[-1], ap50[-1]), xytext=(6, 0), textcoords="offset points",
-            color=COLOURS[name], va="center",
-        )  # fmt: skip
+        label = f"{title}: {ap50[-1]:.2f}"
+        right.plot(seconds, ap50, color=COLOURS[name], label=label, marker="o", markersize=4, linewidth=1.6)
+    seeds = ", ".join(str(seed) for seed in sorted({run.seed for run in runs.values()}))
+    figure.suptitle(f"Teacher and students, seed {seeds}: one seed says little", fontsize=11)
     left.set(title="Detection loss on the training pictures", xlabel="step", ylabel="loss (running mean)")
     left.set_ylim(bottom=0)
     right.set(title="Average precision on the validation pictures", xlabel="training time (s)", ylabel="AP at IoU .5")
     right.set_ylim(0, 1)
-    right.margins(x=0.08)
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -141,7 +140,7 @@ def detections(
             for index, (x1, y1, x2, y2) in enumerate(boxes["boxes"].tolist()):
                 if scores is not None and scores[index] < score:
                     continue
-                colour = "#ffffff" if scores is None else "#ffe119"
+                colour = "#3cd070" if scores is None else "#ffe119"
                 axes.add_patch(rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.8))
                 text = val.category_names[int(boxes["labels"][index]) - 1]
                 text += "" if scores is None else f"  {float(scores[index]):.2f}"

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import kdkernels as kd
+
 from . import flags
 from .extras import check
 
@@ -44,8 +46,12 @@ def _run(options: flags.Options) -> int:
     begin = time.perf_counter()
     try:
         train, val, identity = _pictures(options)
-        options.output_dir.mkdir(parents=True, exist_ok=True)
-        progress = Progress(options.output_dir / "metrics.jsonl")
+        try:
+            options.output_dir.mkdir(parents=True, exist_ok=True)
+            progress = Progress(options.output_dir / "metrics.jsonl")
+        except OSError as error:
+            print(f"kdkernels train: error: argument --output-dir: {error}", file=sys.stderr)
+            return 2
         try:
             Job(options, train, val, identity, progress, begin).run()
         finally:
@@ -69,11 +75,11 @@ def _pictures(options: flags.Options) -> tuple[Any, Any, dict[str, Any]]:
     if options.data_path is None:
         print("composing the scenes", file=sys.stderr, flush=True)
         train, val = (ScenePictures(options.scenes, split) for split in ("train", "val"))
-        return train, val, {"scenes": asdict(options.scenes)}
+        return train, val, {"scenes": asdict(options.scenes), "digests": [train.digest, val.digest]}
     train, val = (CocoPictures(options.data_path, split, options.image_size) for split in ("train", "val"))
     if train.category_ids != val.category_ids:
         raise DataError(f"{options.data_path}: the two annotation files differ in their categories")
-    return train, val, {"folder": [train.digest, val.digest], "image_size": options.image_size}
+    return train, val, {"digests": [train.digest, val.digest], "image_size": options.image_size}
 
 
 class Job:
@@ -99,7 +105,10 @@ class Job:
         from .teacher import FrozenTeacher
 
         options, steps = self.options, self.options.training.steps
-        self.progress.record(kind="settings", **self._settings())
+        # Kernels that are not built yet are built now: half a minute that would else count as the student's first step.
+        served = kd.backend_info(build=True)
+        kernels = {loss: backends.get(self.device.type, ("reference",))[0] for loss, backends in served.items()}
+        self.progress.record(kind="settings", kernels=kernels, **self._settings())
         teacher, teacher_run = self._teacher()
         frozen = FrozenTeacher(teacher)
         students: dict[str, nn.Module] = {}
