@@ -9,9 +9,12 @@ KDKERNELS_BUILD=require  fail if the CPU kernels cannot be built
 
 import importlib.util
 import os
+import shutil
+import sys
 from pathlib import Path
 
-from setuptools import Distribution, setup
+from setuptools import Distribution, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).resolve().parent
@@ -21,48 +24,66 @@ def load_builder():
     # By path: importing the package would import torch, which an isolated build does not have.
     spec = importlib.util.spec_from_file_location("kdkernels_build", HERE / "kdkernels" / "native" / "build.py")
     module = importlib.util.module_from_spec(spec)
-    import sys
-
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def say(line):
+    print(f"kdkernels: {line}", flush=True)
 
 
 class BuildPyWithKernels(build_py):
     """Copies the Python files, then builds what can be built into kdkernels/native/lib of the wheel."""
 
     def run(self):
+        if not self.editable_mode:
+            # What an earlier build left here (other Python, other torch, files since removed) is not part of this one.
+            shutil.rmtree(Path(self.build_lib) / "kdkernels", ignore_errors=True)
         super().run()
-        if self.editable_mode:
-            print("kdkernels: editable install, kernels are built on first use")
-            return
         wanted = os.environ.get("KDKERNELS_BUILD", "1")
-        if wanted == "0":
-            print("kdkernels: KDKERNELS_BUILD=0, kernels are built on first use")
+        if self.editable_mode or wanted == "0":
+            say("nothing compiled now (editable install or KDKERNELS_BUILD=0); kernels are built on first use")
             return
         builder = load_builder()
         target = Path(self.build_lib) / "kdkernels" / "native" / "lib"
-        for name in ("cpu", "python"):
+        for name, part in (("cpu", "the CPU kernels"), ("python", "the native module")):
             try:
-                print(f"kdkernels: built {builder.build(name, target).name}")
-            except builder.BuildError as error:
+                if builder.obstacle(name) is None:
+                    say(f"building {part} ...")
+                say(f"built {builder.build(name, target).name}")
+                self.distribution.something_built = True
+            except (builder.BuildError, OSError) as error:
                 if wanted == "require" and name == "cpu":
-                    raise SystemExit(f"kdkernels: KDKERNELS_BUILD=require, but {error}\n{error.log}") from None
+                    log = getattr(error, "log", "")
+                    raise SystemExit(f"kdkernels: KDKERNELS_BUILD=require, but {error}\n{log}") from None
                 later = "; built on first use instead, or the PyTorch formulas serve" if name == "cpu" else ""
-                print(f"kdkernels: {name} not built: {error}{later}")
-
-    def has_native(self):
-        return (Path(self.build_lib) / "kdkernels" / "native" / "lib").is_dir()
+                say(f"{part} not built: {error}{later}")
 
 
 class KernelDistribution(Distribution):
-    """Marks the wheel as made for one platform if, and only if, something was built for it."""
+    """For one platform if, and only if, something was built for it."""
+
+    something_built = False
 
     def has_ext_modules(self):
-        if os.environ.get("KDKERNELS_BUILD") == "0":
-            return False
-        builder = load_builder()
-        return builder.obstacle("cpu") is None or builder.obstacle("python") is None
+        return self.something_built
 
 
-setup(cmdclass={"build_py": BuildPyWithKernels}, distclass=KernelDistribution)
+class WheelOfWhatWasBuilt(bdist_wheel):
+    """Takes its tag from what the build achieved, hence builds before it decides."""
+
+    def run(self):
+        self.run_command("build")
+        self.root_is_pure = not self.distribution.something_built
+        super().run()
+
+
+setup(
+    # The sources travel as kdkernels._csrc, so that what is not built now can be built later.
+    packages=[*find_packages(include=["kdkernels", "kdkernels.*"]), "kdkernels._csrc"],
+    package_dir={"kdkernels._csrc": "csrc"},
+    package_data={"kdkernels._csrc": ["*.cpp", "*/*.cpp", "*/*.h"]},
+    cmdclass={"build_py": BuildPyWithKernels, "bdist_wheel": WheelOfWhatWasBuilt},
+    distclass=KernelDistribution,
+)

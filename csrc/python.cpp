@@ -1,5 +1,6 @@
-// The pybind11 module kdkernels.native._C: facts about the build and the CPU that a person or a test can read without
-// torch and without running a kernel. It may be absent; nothing depends on it but `python -m kdkernels info`.
+// The pybind11 module kdkernels.native.lib._C: facts about the build and the CPU that a person or a test can read
+// without torch and without running a kernel. It is built at install only and may be absent; nothing depends on it but
+// `python -m kdkernels info`.
 #include <pybind11/pybind11.h>
 
 #include "cpu/capability.h"

@@ -1,25 +1,24 @@
-"""Finds, builds and loads the shared objects.
+"""Finds and loads the shared objects.
 
-`load("cpu")` makes the CPU kernels available, once per process: the object of the wheel, else one from the
-user's cache, else one built now into that cache. It never raises: `status("cpu")` says what happened. Nothing is built
-while torch.compile traces; `expected("cpu")` is the cheap forecast that a trace relies on.
+`load("cpu")` makes the CPU kernels available, once per process: the object of the wheel, else one from the user's
+cache, else one built now into that cache (`cache.py`; how it is built: `build.py`). It never raises: `status("cpu")`
+says what happened. Nothing is built while torch.compile traces; `cpu_expected` is the cheap forecast that a trace
+relies on.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import stat
-import sys
-import tempfile
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import build as builder
+from . import cache
 
 CAPABILITIES = ("base", "avx2", "avx512")
-_WHEEL = Path(__file__).resolve().parent / "lib"
+_SHIPPED = Path(__file__).resolve().parent / "lib" / builder.CPU_OBJECT
 _lock = threading.RLock()
 
 
@@ -33,6 +32,7 @@ class Status:
 
 
 _status = {"cpu": Status()}
+_handle: dict[str, ctypes.CDLL] = {}
 # Read inside traced code, hence apart from the status: it changes only if loading fails after a good forecast.
 cpu_failed = False
 
@@ -42,12 +42,14 @@ def status(name: str) -> Status:
     return _status[name]
 
 
-def _obstacle() -> str | None:
-    if (_WHEEL / "kdkernels_cpu.so").exists():
-        return None
+def _obstacle_to_building() -> str | None:
     if os.environ.get("KDKERNELS_JIT") == "0":
         return "not built at install, and KDKERNELS_JIT=0 forbids building now"
     return builder.obstacle("cpu")
+
+
+def _obstacle() -> str | None:
+    return None if _SHIPPED.exists() else _obstacle_to_building()
 
 
 cpu_expected = _obstacle() is None
@@ -55,60 +57,37 @@ cpu_expected = _obstacle() is None
 
 def forecast() -> str:
     """In words: what `load("cpu")` would do now."""
-    shipped = (_WHEEL / "kdkernels_cpu.so").exists()
-    return _obstacle() or ("built at install" if shipped else "will be loaded from the cache or built on first use")
+    served = "built at install" if _SHIPPED.exists() else "will be loaded from the cache or built on first use"
+    return _obstacle() or served
 
 
-def _say(line: str) -> None:
-    print(f"kdkernels: {line}", file=sys.stderr, flush=True)
+def _register(path: Path) -> Path:
+    import torch
+
+    if not builder.intact(path):
+        raise builder.BuildError(f"{path} is damaged")
+    torch.ops.load_library(str(path))
+    # Opened now: by the time somebody asks, another file may have taken this path, and would be a second copy.
+    _handle["cpu"] = ctypes.CDLL(str(path))
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("kdkernels::masked_mse", "CPU"):
+        raise builder.BuildError(f"{path} loaded but registered no kernels")
+    return path
 
 
-def _private(folder: Path) -> bool:
-    """Whether `folder` is a real directory of this user that nobody else may write to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        info = os.lstat(folder)
-        good = stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid() and not info.st_mode & 0o022
-        return good and os.access(folder, os.W_OK | os.X_OK)
-    except OSError:
-        return False
+def _one_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def cache_directory() -> Path:
-    """Where first-use builds live: $KDKERNELS_CACHE_DIR, the user's cache, or a private folder where there is no home."""
-    wanted = os.environ.get("KDKERNELS_CACHE_DIR")
-    if wanted:
-        folder = Path(wanted).expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    candidates = [Path(base) / "kdkernels", Path(tempfile.gettempdir()) / f"kdkernels-{os.getuid()}"]
-    for folder in candidates:
-        if _private(folder):
-            return folder
-    return Path(tempfile.mkdtemp(prefix="kdkernels-"))
-
-
-def _build_into_cache() -> Path:
-    import fcntl
-
-    folder = cache_directory() / builder.cache_key(builder.source_directory())
-    target = folder / "kdkernels_cpu.so"
-    if target.exists():
-        return target
-    folder.mkdir(parents=True, exist_ok=True)
-    # The kernel releases a flock when its holder dies, however it dies: no stale lock can block anybody.
-    with open(folder / "lock", "w") as lock:
+def _find() -> tuple[Path, str]:
+    if _SHIPPED.exists():
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            _say(f"another process is building the CPU kernels in {folder}; waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if not target.exists():
-            _say("building the CPU kernels (once, about half a minute on two cores) ...")
-            builder.build("cpu", folder)
-            _say(f"built the CPU kernels into {folder}")
-    return target
+            return _register(_SHIPPED), "built at install"
+        except (OSError, RuntimeError) as error:
+            cache.say(f"what was built at install cannot be used ({_one_line(error)})")
+    reason = _obstacle_to_building()
+    if reason:
+        raise builder.BuildError(reason)
+    return _register(cache.obtain()), "built on first use"
 
 
 def load(name: str = "cpu") -> bool:
@@ -117,34 +96,22 @@ def load(name: str = "cpu") -> bool:
     entry = _status[name]
     if entry.state != "unloaded":
         return entry.state == "loaded"
-    import torch
-
     with _lock:
-        if entry.state != "unloaded":
-            return entry.state == "loaded"
-        try:
-            shipped = _WHEEL / "kdkernels_cpu.so"
-            reason = _obstacle()
-            if reason:
-                raise builder.BuildError(reason)
-            path = shipped if shipped.exists() else _build_into_cache()
-            torch.ops.load_library(str(path))
-            if not torch._C._dispatch_has_kernel_for_dispatch_key("kdkernels::masked_mse", "CPU"):
-                raise builder.BuildError(f"{path} loaded but registered no kernels")
-            entry.path, entry.state = path, "loaded"
-            entry.reason = "built at install" if path == shipped else "built on first use"
-        except (builder.BuildError, OSError, RuntimeError) as error:
-            entry.reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            entry.state = "failed"
-            cpu_failed = True
-            _say(f"no compiled CPU kernels ({entry.reason}); the PyTorch formulas serve instead")
+        if entry.state == "unloaded":
+            try:
+                entry.path, entry.reason = _find()
+                entry.state = "loaded"
+            except (OSError, RuntimeError) as error:
+                entry.reason, entry.state = _one_line(error), "failed"
+                cpu_failed = True
+                cache.say(f"no compiled CPU kernels ({entry.reason}); the PyTorch formulas serve instead")
     return entry.state == "loaded"
 
 
 def _library() -> ctypes.CDLL:
     if not load("cpu"):
         raise RuntimeError(f"no compiled CPU kernels: {status('cpu').reason}")
-    return ctypes.CDLL(str(status("cpu").path))
+    return _handle["cpu"]
 
 
 def cpu_capability() -> str:

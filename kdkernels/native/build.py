@@ -1,7 +1,7 @@
 """Builds the native parts from csrc/ with ninja. Standard library only: setup.py runs this file without torch.
 
-What is built, with which flags, and where results go is decided here and nowhere else. `setup.py` builds into the wheel;
-`kdkernels.native` builds into the user's cache on first execution.
+What is built and with which flags is decided here and nowhere else. `setup.py` builds into the wheel; `cache.py` builds
+into the user's cache on first execution.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -35,6 +36,7 @@ CAPABILITY_FLAGS = {
         "-mprefer-vector-width=512",
     ],
 }
+CPU_OBJECT = "kdkernels_cpu.so"
 
 
 class BuildError(RuntimeError):
@@ -43,6 +45,10 @@ class BuildError(RuntimeError):
     def __init__(self, message: str, log: str = ""):
         super().__init__(message)
         self.log = log
+
+
+class SourcesChanged(BuildError):
+    """Somebody edited csrc/ during the build, so the object belongs to no one state of it."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +77,18 @@ def torch_directory() -> Path | None:
     return Path(spec.submodule_search_locations[0])
 
 
-def compiler() -> str | None:
-    """The C++ compiler: $CXX, else g++, clang++ or c++ from PATH."""
-    wanted = os.environ.get("CXX")
-    names = [shlex.split(wanted)[-1]] if wanted else ["g++", "clang++", "c++"]
-    return next((path for path in map(shutil.which, names) if path), None)
+def compiler() -> list[str] | None:
+    """The C++ compiler as the words of a command: $CXX ("ccache g++" included), else g++, clang++ or c++ from PATH."""
+    wanted = os.environ.get("CXX", "").strip()
+    try:
+        candidates = [shlex.split(wanted)] if wanted else [["g++"], ["clang++"], ["c++"]]
+    except ValueError:  # a lone quote: a name that no file has
+        candidates = [[wanted]]
+    for name, *arguments in candidates:
+        path = shutil.which(name)
+        if path:
+            return [path, *arguments]
+    return None
 
 
 def ninja() -> str | None:
@@ -95,7 +108,7 @@ def obstacle(name: str) -> str | None:
         return f"compiled kernels are built on Linux only, this is {sys.platform}"
     if compiler() is None:
         wanted = os.environ.get("CXX")
-        return f"no C++ compiler ({wanted} of $CXX is not there)" if wanted else "no C++ compiler (g++ or clang++)"
+        return f"no C++ compiler ({wanted!r} of $CXX is not there)" if wanted else "no C++ compiler (g++ or clang++)"
     if ninja() is None:
         return "no ninja (pip install ninja)"
     if name == "cpu" and torch_directory() is None:
@@ -105,9 +118,9 @@ def obstacle(name: str) -> str | None:
     return None
 
 
-def cpu_library(csrc: Path) -> Library:
+def cpu_library(csrc: Path, torch: Path) -> Library:
     """The CPU kernels: every cpu/*.cpp once per instruction set, and their registration with torch."""
-    capabilities = ["base", "avx2", "avx512"] if platform.machine() in ("x86_64", "AMD64") else ["base"]
+    capabilities = list(CAPABILITY_FLAGS) if platform.machine() in ("x86_64", "AMD64") else ["base"]
     objects: list[tuple[Path, list[str]]] = []
     for source in sorted((csrc / "cpu").glob("*.cpp")):
         if source.name == "capability.cpp":
@@ -115,11 +128,10 @@ def cpu_library(csrc: Path) -> Library:
             continue
         for name in capabilities:
             objects.append((source, [*KERNEL_FLAGS, *CAPABILITY_FLAGS[name], f"-DKD_CAPABILITY={name}"]))
-    torch = torch_directory()
     include = ["-isystem", str(torch / "include"), f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
     objects += [(source, include) for source in sorted((csrc / "torch").glob("*_cpu.cpp"))]
     link = [f"-L{torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
-    return Library("kdkernels_cpu.so", objects, link)
+    return Library(CPU_OBJECT, objects, link)
 
 
 def python_library(csrc: Path) -> Library:
@@ -127,39 +139,56 @@ def python_library(csrc: Path) -> Library:
     import pybind11
 
     include = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_paths()["include"]]
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
     sources = [(csrc / "python.cpp", include), (csrc / "cpu" / "capability.cpp", [])]
-    return Library(f"_C{suffix}", sources)
-
-
-LIBRARIES = {"cpu": cpu_library, "python": python_library}
+    return Library(f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", sources)
 
 
 def cache_key(csrc: Path) -> str:
-    """A hash of everything that the CPU object depends on: sources, flags, compiler, ABI target; not torch's version."""
+    """What the CPU object depends on, as a hash: sources, flags, compiler, ABI target; not the version of torch."""
     digest = hashlib.sha256()
-    for path in sorted(csrc.rglob("*")):
+    for path in sorted(csrc.glob("*/*")):  # python.cpp, beside them, is no part of it
         if path.suffix in (".h", ".cpp"):
             digest.update(path.relative_to(csrc).as_posix().encode() + b"\0" + path.read_bytes())
-    cxx = compiler()
-    if cxx:
-        status = os.stat(cxx)
-        digest.update(f"{os.path.realpath(cxx)} {status.st_size} {status.st_mtime_ns}".encode())
-    digest.update(repr((COMMON_FLAGS, KERNEL_FLAGS, CAPABILITY_FLAGS, TORCH_TARGET, platform.machine())).encode())
+    library = cpu_library(Path("csrc"), Path("torch"))
+    recipe = [COMMON_FLAGS, KERNEL_FLAGS, CAPABILITY_FLAGS, TORCH_TARGET, library.link_flags, platform.machine()]
+    command = compiler()
+    if command:
+        status = os.stat(command[0])
+        recipe += [os.path.realpath(command[0]), command[1:], status.st_size, status.st_mtime_ns]
+    digest.update(repr(recipe).encode())
     return digest.hexdigest()[:16]
+
+
+def record_of(shared_object: Path) -> Path:
+    """The JSON file beside a shared object that says what it was built with."""
+    return shared_object.with_name(shared_object.name.split(".")[0] + ".json")
+
+
+def _checksum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def intact(shared_object: Path) -> bool:
+    """Whether a shared object is, byte for byte, what its build wrote: loading a truncated one can end the process."""
+    try:
+        return json.loads(record_of(shared_object).read_text())["sha256"] == _checksum(shared_object)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _escape(text: str) -> str:
     return text.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def _ninja_file(library: Library, work: Path, output: Path, cxx: str) -> str:
+def _command(words: list[str]) -> str:
+    return shlex.join(words).replace("$", "$$")
+
+
+def _ninja_file(library: Library, work: Path, output: Path, cxx: list[str]) -> str:
     lines = [
-        f"cxx = {_escape(cxx)}",
+        f"cxx = {_command(cxx)}",
         "rule compile",
-        "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
+        "  command = $cxx $flags -c $in -o $out",
         "  description = compile $in",
         "rule link",
         "  command = $cxx -shared $in -o $out $flags",
@@ -167,49 +196,64 @@ def _ninja_file(library: Library, work: Path, output: Path, cxx: str) -> str:
     ]
     objects = []
     for index, (source, flags) in enumerate(library.objects):
-        target = work / f"{index:02d}_{source.stem}.o"
-        objects.append(_escape(str(target)))
+        objects.append(_escape(str(work / f"{index:02d}_{source.stem}.o")))
         lines.append(f"build {objects[-1]}: compile {_escape(str(source))}")
-        lines.append(f"  flags = {shlex.join([*COMMON_FLAGS, *flags]).replace('$', '$$')}")
+        lines.append(f"  flags = {_command([*COMMON_FLAGS, *flags])}")
     lines.append(f"build {_escape(str(output))}: link {' '.join(objects)}")
-    lines.append(f"  flags = {shlex.join(library.link_flags).replace('$', '$$')}")
-    lines.append(f"default {_escape(str(output))}")
+    lines.append(f"  flags = {_command(library.link_flags)}")
     return "\n".join(lines) + "\n"
+
+
+def _first_error(log: str) -> str:
+    """The line of ninja's output that says most: a compiler's error, else the linker's, else how a command ended."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    for pattern in (r".*\berror: .*", r".*(?:undefined reference|cannot find).*", r"ninja: fatal.*", r"FAILED: (\S+)"):
+        for line in lines:
+            if found := re.match(pattern, line):
+                return found[found.lastindex or 0]
+    return lines[-1] if lines else "no message"
 
 
 def build(name: str, destination: Path) -> Path:
     """Builds "cpu" or "python" into `destination` and returns the shared object. Raises BuildError.
 
     The object appears under its name complete or not at all: it is linked in a temporary folder beside it and renamed.
-    A JSON file of the same stem says what it was built with.
+    A JSON file beside it says what it was built with, and its checksum.
     """
     reason = obstacle(name)
     if reason:
         raise BuildError(reason)
-    library = LIBRARIES[name](source_directory())
-    cxx = compiler()
+    csrc, cxx = source_directory(), compiler()
+    key = cache_key(csrc)
+    library = cpu_library(csrc, torch_directory()) if name == "cpu" else python_library(csrc)
     destination.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix=".build-", dir=destination) as folder:
         work = Path(folder)
         output = work / library.name
-        (work / "build.ninja").write_text(_ninja_file(library, work, output, cxx))
+        (work / "build.ninja").write_text(_ninja_file(library, work, output, cxx), encoding="utf-8")
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        command = [ninja(), "-C", str(work), *jobs]
-        run = subprocess.run(command, capture_output=True, text=True)
-        if run.returncode != 0:
-            lines = [line for line in run.stdout.splitlines() if "error" in line] or run.stdout.splitlines()
-            first = (lines or [run.stderr.strip() or "ninja failed"])[0]
-            raise BuildError(f"{os.path.basename(cxx)} failed: {first.strip()}", run.stdout + run.stderr)
-        version = subprocess.run([cxx, "--version"], capture_output=True, text=True).stdout
+
+        def run(*command: str) -> subprocess.CompletedProcess:
+            # English, so that "error:" is found; whatever bytes a compiler prints must not become another error.
+            environment = {**os.environ, "LC_ALL": "C"}
+            return subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
+
+        result = run(ninja(), "-C", str(work), *jobs)
+        if result.returncode != 0:
+            log = result.stdout + result.stderr
+            raise BuildError(f"{os.path.basename(cxx[0])} failed: {_first_error(log)}", log)
+        if cache_key(csrc) != key:
+            raise SourcesChanged("the sources were edited during the build")
         record = {
-            "compiler": (version.splitlines() or [cxx])[0],
+            "compiler": (run(*cxx, "--version").stdout.splitlines() or cxx)[0],
             "seconds": round(time.monotonic() - started, 1),
             "torch_target": TORCH_TARGET,
-            "key": cache_key(source_directory()),
+            "sources_and_flags": key,
+            "sha256": _checksum(output),
         }
-        stem = library.name.split(".")[0]
-        (work / f"{stem}.json").write_text(json.dumps(record, indent=1))
-        os.replace(work / f"{stem}.json", destination / f"{stem}.json")
-        os.replace(output, destination / library.name)
-    return destination / library.name
+        record_of(output).write_text(json.dumps(record, indent=1))
+        target = destination / library.name
+        os.replace(record_of(output), record_of(target))
+        os.replace(output, target)
+    return target
