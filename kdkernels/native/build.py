@@ -226,6 +226,7 @@ def build(name: str, destination: Path) -> Path:
     csrc, cxx = source_directory(), compiler()
     key = cache_key(csrc)
     library = cpu_library(csrc, torch_directory()) if name == "cpu" else python_library(csrc)
+    destination = destination.resolve()  # ninja runs elsewhere
     destination.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix=".build-", dir=destination) as folder:
