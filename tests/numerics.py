@@ -31,11 +31,10 @@ class Result:
 
 
 def leaves(student: Any) -> Any:
-    """Fresh leaves that keep the memory format: a tensor, or a list of levels."""
+    """Fresh leaves on the same memory, whatever its layout: a tensor, or a list of levels."""
     if isinstance(student, (list, tuple)):
         return [leaves(s) for s in student]
-    copy = torch.empty_like(student).copy_(student) if student.is_contiguous() else student.detach().clone()
-    return copy.requires_grad_()
+    return student.detach().requires_grad_()
 
 
 def upstream_for(loss: Tensor) -> Tensor:
