@@ -113,7 +113,7 @@ def curves(path: Path, runs: dict[str, Run]) -> None:
 
 
 def detections(
-    path: Path, detectors: dict[str, nn.Module], val: Any, device: torch.device, *, count: int = 4, score: float = 0.5
+    path: Path, detectors: dict[str, nn.Module], val: Any, device: torch.device, *, count: int = 4, score: float = 0.3
 ) -> None:
     """Draw validation pictures, one per row, with the boxes that each detector finds with at least ``score``."""
     require("matplotlib").use("Agg")
@@ -126,7 +126,7 @@ def detections(
     images, _ = to_device(pictures, targets, device)
     for name, detector in detectors.items():
         detector.eval()
-        columns.append((name, detector.detect(images)))
+        columns.append((name, [_best_at_each_place(found, score) for found in detector.detect(images)]))
     figure, grid = plt.subplots(
         len(chosen), len(columns), figsize=(3.4 * len(columns), 3.4 * len(chosen)), layout="constrained", squeeze=False
     )
@@ -138,8 +138,6 @@ def detections(
             axes.set(xticks=[], yticks=[], xlim=(0, side), ylim=(side, 0))
             scores = boxes["scores"]
             for index, (x1, y1, x2, y2) in enumerate(boxes["boxes"].tolist()):
-                if scores is not None and scores[index] < score:
-                    continue
                 colour = "#3cd070" if scores is None else "#ffe119"
                 axes.add_patch(rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.8))
                 text = val.category_names[int(boxes["labels"][index]) - 1]
@@ -153,6 +151,13 @@ def detections(
         grid[0][column].set_title(title if column == 0 else f"{title} (score ≥ {score:g})", fontsize=12)
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def _best_at_each_place(found: dict[str, torch.Tensor], score: float) -> dict[str, torch.Tensor]:
+    """Detections of at least ``score``, one label for each place: two labels on one box cannot be read."""
+    keep = require("torchvision.ops").nms(found["boxes"], found["scores"], 0.5)
+    keep = keep[found["scores"][keep] >= score]
+    return {name: value[keep] for name, value in found.items()}
 
 
 def _most_objects(val: Any, count: int) -> list[int]:

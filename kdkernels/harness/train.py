@@ -127,7 +127,9 @@ class Job:
             f"a distilled step takes {ratio:.2f} times one alone: at equal time the student alone gets {longer} steps"
         )
         students["alone, equal time"], runs["alone, equal time"] = self._student("alone, equal time", longer)
-        parts = split.measure(students["distilled"], recipe, self.train, options.training, self.device)
+        parts = split.measure(
+            students["distilled"], recipe, self.train, options.training, self.device, steps=min(12, steps)
+        )
         report.write(
             options.output_dir,
             teacher=(teacher, teacher_run),
