@@ -1,6 +1,6 @@
 """The seven losses in one table, with simple inputs, so that each promise is tested for all of them alike.
 
-`LOSSES[name].inputs(size, dtype, variant)` gives a callable of the student's levels. A new loss is one `Loss` more here.
+`LOSSES[name].inputs(size, dtype, variant)` gives a callable of the student's levels. A new loss is one `Loss` more.
 Sizes are "small", "wide" (long rows or planes, past every block size) and "many" (levels or leading dimensions).
 Variants are "numbers" (each keyword away from its default), "tensors" (weights as 0-d tensors, and one value per row)
 and "rows" (reduction="none"; features have none and take "numbers").
