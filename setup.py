@@ -13,9 +13,17 @@ import shutil
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Distribution, find_packages, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
+
+# pip does not hold [build-system] against the environment under --no-build-isolation, where old ones are common.
+if int(setuptools.__version__.split(".")[0]) < 77:
+    raise SystemExit(
+        f"kdkernels: setuptools >= 77 is needed to install, this is {setuptools.__version__}: "
+        "pip install --upgrade setuptools pybind11 ninja, or install without --no-build-isolation"
+    )
+from setuptools.command.bdist_wheel import bdist_wheel
 
 HERE = Path(__file__).resolve().parent
 
