@@ -63,7 +63,8 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="seeds scenes, weights and order (default: %(default)s)")
     add("-j", "--workers", type=int, default=0, help="processes that read pictures (default: %(default)s)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
-    add("--teacher-cache", metavar="DIR", help=f"folder of trained teachers (default: {default_folder()})")
+    folder = str(default_folder())
+    add("--teacher-cache", metavar="DIR", default=folder, help="folder of trained teachers (default: %(default)s)")
     add("--quick", action="store_true", help="a few steps on a few scenes, to see that everything works")
     return line
 
@@ -107,7 +108,7 @@ def parse(line: argparse.ArgumentParser, argv: list[str]) -> Options:
     return Options(
         data_path=data_path,
         output_dir=_output_dir(line, args, data_path),
-        teacher_cache=Path(args.teacher_cache) if args.teacher_cache else default_folder(),
+        teacher_cache=Path(args.teacher_cache),
         image_size=args.image_size,
         scenes=scenes,
         teacher=DetectorSettings(width=0.5, image_size=args.image_size),
