@@ -25,7 +25,7 @@ def decoupled_kl_loss(
 
     ``w_f T_f^2 / K_f sum_fg KL_i(T_f) + w_b T_b^2 / K_b sum_bg KL_i(T_b)``, KL as in `kl_rows`, edges too.
 
-    K is the region's own number of rows, at least 1, for "mean"; "sum" divides by nothing; "none" keeps the rows, with
+    K is the region's own number of rows for "mean"; "sum" divides by nothing; "none" keeps the rows, with
     their region's weight and T^2. A row weight scales the numerator alone. An empty region gives 0 with a graph.
     """
     dtype, device = compute_dtype(student, teacher), student.device
@@ -36,7 +36,7 @@ def decoupled_kl_loss(
     temperature = per_row(foreground_temperature, background_temperature)
     share = per_row(foreground_weight, background_weight) * temperature.square()
     if reduction == "mean":
-        share = share / per_row(foreground.sum().clamp(min=1), (~foreground).sum().clamp(min=1))
+        share = share / per_row(foreground.sum(), (~foreground).sum())  # a row finds at least itself
     if weight is not None:
         share = share * weight.to(dtype)
     rows = share * kl_rows(student.to(dtype), teacher.detach().to(dtype), temperature.unsqueeze(-1))
