@@ -18,7 +18,7 @@ def require(module: str, why: str = "the reference training") -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
-            f"{why} needs {module.partition('.')[0]}, which cannot be imported ({error}); {INSTALL}"
+            f"{module.partition('.')[0]}, needed for {why}, cannot be imported ({error}); {INSTALL}"
         ) from error
 
 
