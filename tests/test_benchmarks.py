@@ -37,8 +37,8 @@ def bench():
 
 def quick(bench, benchmark, csv_path, *options):
     """A --quick run without compiling; status, then the rows that it wrote."""
-    arguments = ["--quick", "--skip-tests", "--providers", "ours", "eager", "--csv", str(csv_path), *options]
-    status = bench("harness").main([benchmark], arguments)
+    arguments = ["--quick", "--skip-tests", "--threads", "1", "--providers", "ours", "eager"]
+    status = bench("harness").main([benchmark], [*arguments, "--csv", str(csv_path), *options])
     if not csv_path.exists():
         return status, []
     with csv_path.open(newline="") as file:
@@ -65,7 +65,7 @@ def test_quick_run_writes_valid_rows(bench, tmp_path, capsys):
         assert (float(row["times_eager"]) == 1) or row["provider"] != "eager"
         assert bool(row["over_fresh"]) == (row["mode"] in ("backward", "both"))
         assert all(row[c] for c in ("cpu", "threads", "torch", "kdkernels", "python", "date", "loss_error"))
-        assert int(row["threads"]) == 2
+        assert int(row["threads"]) == 1
     size = 2 * 8 * 12 * 20 * 4
     by_mode = {r["mode"]: int(r["bytes"]) for r in rows if r["dtype"] == "float32"}
     assert by_mode == {"forward": 2 * size, "no_grad": 2 * size, "backward": 3 * size, "both": 3 * size}
@@ -170,7 +170,18 @@ def test_memory_sees_a_buffer_of_feature_size(bench):
 
 def test_command_runs_the_table(bench, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
-    options = ["--quick", "--skip-tests", "--providers", "eager", "--dtype", "float32", "--loss", "bounded_regression"]
+    options = [
+        "--quick",
+        "--skip-tests",
+        "--threads",
+        "1",
+        "--providers",
+        "eager",
+        "--dtype",
+        "float32",
+        "--loss",
+        "bounded_regression",
+    ]
     assert command_line.main(["bench", *options]) == 0
     assert "bounded_regression, 64x4, float32" in capsys.readouterr().out
     monkeypatch.setattr(command_line, "__file__", str(tmp_path / "site-packages" / "kdkernels" / "__main__.py"))
