@@ -231,7 +231,7 @@ def plot(found: Sequence[dict[str, Any]], path: Path) -> None:
     for i, kind in enumerate(("ours", "eager", "compiled")):
         at = [j + 0.27 * (i - 1) for j, bars in enumerate(cases.values()) if kind in bars]
         axes.barh(at, [bars[kind] for bars in cases.values() if kind in bars], 0.25, label=kind)
-    axes.set(yticks=range(len(cases)), yticklabels=list(cases), xscale="log", xlabel="forward + backward, ms")
+    axes.set(yticks=range(len(cases)), yticklabels=list(cases), xlabel="forward + backward, ms")
     axes.invert_yaxis()
     axes.set_title(f"{found[0]['cpu']}, {found[0]['threads']} threads, torch {found[0]['torch']}", fontsize=9)
     axes.legend()
