@@ -10,10 +10,9 @@ from .common import Scalar, compute_dtype, reduce_rows
 
 def _outcome(student: Tensor, teacher: Tensor) -> Tensor:
     """p_t log(p_t / p_s) for p = sigmoid; p_t = 0 contributes 0 whatever the student has."""
-    log_t = F.logsigmoid(teacher)
-    p_t = log_t.exp()
+    p_t = teacher.sigmoid()
     absent = p_t == 0
-    return p_t * (log_t.masked_fill(absent, 0.0) - F.logsigmoid(student).masked_fill(absent, 0.0))
+    return p_t * (F.logsigmoid(teacher).masked_fill(absent, 0.0) - F.logsigmoid(student).masked_fill(absent, 0.0))
 
 
 def binary_kl_loss(
