@@ -163,8 +163,8 @@ class Recipe(nn.Module):
         teacher: the frozen teacher; it stays out of this module's parameters and state.
         adapter: from the student's channels to the teacher's.
         settings: weights and temperatures.
-        base_size: side in pixels from which on a box belongs to the second half of the finest level's octave; see
-            ``kd.masks``. Small pictures want a small one, or every box lands on the finest level.
+        base_size: boxes whose side (root of the area) is below twice this many pixels mark the finest level; each
+            doubling is one level up (``kd.masks``). Small pictures want a small one, or every box lands on that level.
     """
 
     def __init__(self, teacher: FrozenTeacher, adapter: Adapter, settings: RecipeSettings, base_size: float) -> None:
