@@ -207,7 +207,12 @@ def _ninja_file(library: Library, work: Path, output: Path, cxx: list[str]) -> s
 def _first_error(log: str) -> str:
     """The line of ninja's output that says most: the linker's or a compiler's error, else how a command ended."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    for pattern in (r".*(?:undefined reference|: cannot find ).*", r".*\berror: .*", r"ninja: fatal.*", r"FAILED: (\S+)"):
+    for pattern in (
+        r".*(?:undefined reference|: cannot find ).*",
+        r".*\berror: .*",
+        r"ninja: fatal.*",
+        r"FAILED: (\S+)",
+    ):
         for line in lines:
             if found := re.match(pattern, line):
                 return found[found.lastindex or 0]
