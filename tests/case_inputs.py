@@ -1,4 +1,4 @@
-"""Inputs of the numeric tests: values that are hard for a kernel, and memory layouts that are hard for one.
+"""What a case is, and what the cases are made of: values that are hard for a kernel, layouts that are hard for one.
 
 Everything comes from a seeded generator in float64 and is rounded to the tested dtype last, so that every backend and
 every dtype sees the same numbers. Memory that a view skips is NaN: a kernel that reads it cannot pass.
@@ -6,14 +6,57 @@ every dtype sees the same numbers. Memory that a view skips is NaN: a kernel tha
 
 from __future__ import annotations
 
+import functools
+import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 Pair = tuple[torch.dtype, torch.dtype]  # student's, teacher's
+Inputs = tuple[list[Any], dict[str, Any]]  # positional arguments, student first; keywords
 Values = Callable[[Generator, Sequence[int], Pair], tuple[Tensor, Tensor]]
 Layout = Callable[[Tensor], Tensor]
+
+
+PAIRS: dict[str, Pair] = {
+    "float32": (torch.float32, torch.float32),
+    "bfloat16": (torch.bfloat16, torch.bfloat16),
+    "float16": (torch.float16, torch.float16),
+    "float64": (torch.float64, torch.float64),
+    "bfloat16-float32": (torch.bfloat16, torch.float32),
+    "float16-float32": (torch.float16, torch.float32),
+    "float64-float32": (torch.float64, torch.float32),
+}
+ALIKE = ("float32", "bfloat16", "float16", "float64")
+MIXED = ("bfloat16-float32", "float16-float32", "float64-float32")
+WIDE = ("float32", "float64")
+LARGE = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a loss. `length` is how many values the loss sums."""
+
+    name: str
+    make: Callable[[Generator, Pair], Inputs]
+    length: int
+    pairs: Sequence[str] = ALIKE
+    slow: bool = False
+
+    def inputs(self, pair: str) -> Inputs:
+        generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
+        return self.make(generator, PAIRS[pair])
+
+
+def product(shape: Sequence[int]) -> int:
+    return functools.reduce(lambda a, b: a * b, shape, 1)
+
+
+def scalar(x: float) -> Tensor:
+    return torch.tensor(x, dtype=torch.float32)
 
 
 def normal(generator: Generator, shape: Sequence[int], scale: float = 1.0, mean: float = 0.0) -> Tensor:
@@ -57,7 +100,7 @@ def equal(g: Generator, shape: Sequence[int], pair: Pair) -> tuple[Tensor, Tenso
 
 
 def nearly_equal(g: Generator, shape: Sequence[int], pair: Pair) -> tuple[Tensor, Tensor]:
-    """Apart by about a hundredth, or a few units in the last place of bfloat16: terms of that size cancel to its square."""
+    """Apart by about a hundredth (a few units in the last place of bfloat16), whose square is what the loss is."""
     teacher = normal(g, shape, 3.0)
     return rounded(teacher * (1 + normal(g, shape, 0.03 if pair[0] == torch.bfloat16 else 0.01)), teacher, pair)
 
@@ -163,7 +206,7 @@ def misaligned(x: Tensor) -> Tensor:
 
 
 def expanded(*dims: int) -> Layout:
-    """The first slice along `dims` for all of them (stride 0): the values change, to the same in every layout's truth."""
+    """The first slice along `dims` stands for all of them (stride 0), in the exact answer as well."""
 
     def place(x: Tensor) -> Tensor:
         for dim in dims:

@@ -1,82 +1,48 @@
 """The grid that every backend runs: per loss, named cases that make its inputs from a seed and a pair of dtypes.
 
-No case knows a backend or a device, so kernels to come run the same grid unchanged. A case's `length` is how many
-values its loss sums. To add a case, add a line; to add a loss, add a builder and an entry to `CASES`.
+No case knows a backend or a device, so kernels to come run the same grid unchanged. This file has the row losses'
+cases and the table of all losses; feature_cases.py has the feature losses'. To add a case, add a line; to add a loss,
+add a builder and an entry to `CASES`.
 """
 
 from __future__ import annotations
 
-import functools
-import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from case_inputs import (
-    FEATURES,
+    LARGE,
     LOGITS,
+    MIXED,
+    Case,
+    Inputs,
     Layout,
     Pair,
     Values,
-    channels_last,
     contiguous,
     equal,
     expanded,
-    large_mean,
     misaligned,
     nearly_equal,
     normal,
     permuted,
     plain,
+    product,
+    scalar,
     sliced,
 )
+from feature_cases import masked_mse_cases, pearson_cases
 from torch import Generator, Tensor
 
 import kdkernels as kd
-
-PAIRS: dict[str, Pair] = {
-    "float32": (torch.float32, torch.float32),
-    "bfloat16": (torch.bfloat16, torch.bfloat16),
-    "float16": (torch.float16, torch.float16),
-    "float64": (torch.float64, torch.float64),
-    "bfloat16-float32": (torch.bfloat16, torch.float32),
-    "float16-float32": (torch.float16, torch.float32),
-    "float64-float32": (torch.float64, torch.float32),
-}
-ALIKE = ("float32", "bfloat16", "float16", "float64")
-MIXED = ("bfloat16-float32", "float16-float32", "float64-float32")
-WIDE = ("float32", "float64")
-LARGE = ("float32", "bfloat16")
-
-Inputs = tuple[list[Any], dict[str, Any]]  # positional arguments, student first; keywords
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call of a loss."""
-
-    name: str
-    make: Callable[[Generator, Pair], Inputs]
-    length: int
-    pairs: Sequence[str] = ALIKE
-    slow: bool = False
-
-    def inputs(self, pair: str) -> Inputs:
-        generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
-        return self.make(generator, PAIRS[pair])
-
-
-def product(shape: Sequence[int]) -> int:
-    return functools.reduce(lambda a, b: a * b, shape, 1)
-
 
 # Row losses. `extra(generator, student)` makes what a loss takes besides student and teacher.
 
 Extra = Callable[[Generator, Tensor], Inputs]
 
-SHAPES = [(0, 80), (1, 1), (3, 1), (1, 2), (3, 4), (3, 17), (77, 80), (77, 81), (289, 4), (289, 81), (77, 400), (3, 1000)]
-SHAPES += [(17,), (2, 3, 17), (2, 0, 5), (2, 5, 3, 81), (3, 2047), (3, 2048), (3, 2049), (3, 5001)]
+SHAPES = [(0, 80), (1, 1), (3, 1), (1, 2), (3, 4), (3, 17), (77, 80), (77, 81), (289, 4), (289, 81), (77, 400)]
+SHAPES += [(3, 1000), (17,), (2, 3, 17), (2, 0, 5), (2, 5, 3, 81), (3, 2047), (3, 2048), (3, 2049), (3, 5001)]
 LAYOUTS: list[tuple[str, Sequence[int], Layout, Layout]] = [
     ("columns from 1", (7, 81), sliced(-1), sliced(-1)),
     ("every second column", (7, 81), sliced(-1, 2), contiguous),
@@ -120,7 +86,8 @@ def logit_cases(extra: Extra, **keyword_cases: Extra) -> list[Case]:
     cases += [row_case(n, shape, extra, values, (s, t)) for n, shape, s, t in LAYOUTS]
     cases += [row_case(name, (12, 81), extra, kind) for name, kind in LOGITS.items()]
     cases += [row_case("nearly equal", (40, 81), each_row, nearly_equal)]
-    cases += [row_case(f"{name}, long", (3, 4097), extra, LOGITS[name], pairs=LARGE) for name in ("spiked", "shifted 1e4")]
+    for name in ("spiked", "shifted 1e4"):
+        cases.append(row_case(f"{name}, long", (3, 4097), extra, LOGITS[name], pairs=LARGE))
     cases += [row_case(name.replace("_", " "), (23, 81), other, values) for name, other in keyword_cases.items()]
     cases += [row_case("mixed dtypes", (23, 81), extra, values, pairs=MIXED)]
     cases += [row_case("mixed dtypes, 2049", (3, 2049), extra, values, pairs=MIXED)]
@@ -133,10 +100,6 @@ def logit_cases(extra: Extra, **keyword_cases: Extra) -> list[Case]:
 def row_weight(g: Generator, student: Tensor) -> Tensor:
     """Some rows have the weight 0."""
     return (normal(g, student.shape[:-1]).abs() - 0.3).clamp(min=0).float()
-
-
-def scalar(x: float) -> Tensor:
-    return torch.tensor(x, dtype=torch.float32)
 
 
 def just(**keywords: Any) -> Extra:
@@ -173,7 +136,7 @@ def foreground_rows(share: float = 0.3, **keywords: Any) -> Extra:
     return make
 
 
-_DEFEAT = dict(foreground_weight=0.05, background_weight=2.0, foreground_temperature=3.0)
+_DEFEAT = {"foreground_weight": 0.05, "background_weight": 2.0, "foreground_temperature": 3.0}
 DECOUPLED_KEYWORDS = {
     "defaults": foreground_rows(),
     "weights_as_tensors": foreground_rows(foreground_weight=scalar(0.05), background_weight=scalar(2.0)),
@@ -283,112 +246,6 @@ def delta_cases() -> list[Case]:
     cases += [row_case("equal", (30, 4), extra, equal)]
     cases += [row_case(name.replace("_", " "), (77, 4), other, values) for name, other in DELTA_KEYWORDS.items()]
     return cases + [row_case("mixed dtypes", (77, 4), extra, values, pairs=MIXED)]
-
-
-# Features: levels of (N, C, H, W).
-
-PYRAMID = [(2, 32, 25, 42), (2, 32, 13, 21), (2, 32, 7, 11), (2, 32, 4, 6), (2, 32, 2, 3)]
-LARGE_PYRAMID = [(2, 256, 100, 152), (2, 256, 50, 76), (2, 256, 25, 38), (2, 256, 13, 19), (2, 256, 7, 10)]
-FEATURE_SHAPES = [(1, 3, 1, 1), (2, 5, 1, 1), (1, 1, 7, 9), (3, 7, 5, 11), (2, 64, 13, 17), (2, 63, 5, 7), (2, 65, 5, 7)]
-FEATURE_SHAPES += [(1, 300, 3, 5), (1, 2, 23, 89), (1, 2, 32, 64), (1, 2, 3, 683), (2, 3, 45, 67), (0, 4, 5, 5), (2, 4, 0, 5)]
-FEATURE_LAYOUTS: list[tuple[str, Layout, Layout]] = [
-    ("channels_last", channels_last, channels_last),
-    ("student channels_last", channels_last, contiguous),
-    ("teacher channels_last", contiguous, channels_last),
-    ("every second row", sliced(2, 2, 0), sliced(2, 2, 0)),
-    ("columns from 1", sliced(3), sliced(3)),
-    ("every second column", sliced(3, 2), contiguous),
-    ("every second channel", sliced(1, 2), sliced(1, 3)),
-    ("channels_last, channels from 1", lambda x: permuted(0, 2, 3, 1)(x), lambda x: sliced(1)(x)),
-    ("every second picture", sliced(0, 2), sliced(0, 3)),
-    ("height and width swapped", permuted(0, 1, 3, 2), contiguous),
-    ("pictures innermost", permuted(1, 2, 3, 0), permuted(1, 2, 3, 0)),
-    ("teacher expanded over pictures", contiguous, expanded(0)),
-    ("teacher expanded over channels", contiguous, expanded(1)),
-    ("misaligned", misaligned, misaligned),
-]
-
-
-def masks(kind: str = "real") -> Callable[[Generator, Tensor], Tensor]:
-    def make(g: Generator, student: Tensor) -> Tensor:
-        n, _, h, w = student.shape
-        x = torch.rand((n, h, w), generator=g)
-        if kind == "bool":
-            return x < 0.3
-        if kind == "sparse":  # real, with zeros and ones
-            return (3 * x - 1).clamp(0, 1)
-        return {"real": x, "ones": torch.ones_like(x), "zeros": torch.zeros_like(x)}[kind]
-
-    return make
-
-
-def feature_case(
-    name: str,
-    shapes: Sequence[Sequence[int]],
-    values: Values,
-    mask: Callable[[Generator, Tensor], Tensor] | None,
-    layouts: tuple[Layout, Layout] = (contiguous, contiguous),
-    keywords: dict[str, Any] | None = None,
-    **options: Any,
-) -> Case:
-    def make(g: Generator, pair: Pair) -> Inputs:
-        levels = [values(g, shape, pair) for shape in shapes]
-        arguments = [[layouts[0](s) for s, _ in levels], [layouts[1](t) for _, t in levels]]
-        if mask is not None:
-            arguments.append([mask(g, s) for s, _ in levels])
-        return arguments, dict(keywords or {})
-
-    return Case(name, make, max(1, sum(map(product, shapes))), **options)
-
-
-def feature_cases(mask: Callable[[Generator, Tensor], Tensor] | None, keywords: dict[str, Any]) -> list[Case]:
-    def case(name: str, *shapes: Sequence[int], values: Values = plain(1.0), **options: Any) -> Case:
-        return feature_case(name, shapes, values, mask, keywords=keywords, **options)
-
-    cases = [case("x".join(map(str, shape)), shape) for shape in FEATURE_SHAPES]
-    cases += [case(name, (3, 9, 6, 10), layouts=(s, t)) for name, s, t in FEATURE_LAYOUTS]
-    cases += [case(f"{name}, 70 channels", (2, 70, 9, 15), layouts=(s, t)) for name, s, t in FEATURE_LAYOUTS[:3]]
-    cases += [case(name, (2, 8, 9, 15), values=values) for name, values in FEATURES.items()]
-    cases += [case("large mean", (2, 8, 9, 15), values=large_mean, pairs=WIDE)]
-    channels_inner = dict(layouts=(channels_last, channels_last))
-    cases += [case(f"{name}, channels_last", (2, 8, 9, 15), values=FEATURES[name], **channels_inner) for name in FEATURES]
-    cases += [case("large mean, channels_last", (2, 8, 9, 15), values=large_mean, pairs=WIDE, **channels_inner)]
-    cases += [case("pyramid", *PYRAMID), case("pyramid, channels_last", *PYRAMID, **channels_inner)]
-    cases += [case("empty levels among others", (2, 4, 3, 5), (2, 4, 0, 2), (2, 4, 1, 1), (0, 4, 2, 2))]
-    cases += [case("levels of different N and C", (2, 4, 3, 5), (1, 7, 2, 2), (3, 1, 1, 4))]
-    cases += [case("mixed dtypes", (2, 8, 9, 15), (2, 8, 4, 7), pairs=MIXED)]
-    cases += [case("mixed dtypes, channels_last", (2, 8, 9, 15), pairs=MIXED, **channels_inner)]
-    return cases + [case("large pyramid", *LARGE_PYRAMID, pairs=LARGE, slow=True)]
-
-
-def masked_mse_cases() -> list[Case]:
-    weights = dict(foreground_weight=3.0, background_weight=0.4)
-    cases = feature_cases(masks(), weights)
-    for kind in ("bool", "sparse", "ones", "zeros"):
-        cases.append(feature_case(f"mask {kind}", PYRAMID[2:], plain(1.0), masks(kind), keywords=weights))
-    keywords: list[dict[str, Any]] = [dict(normalizer=n) for n in ("elements", "pixels", "batch")]
-    keywords += [dict(level_reduction="sum"), dict(normalizer="pixels", level_reduction="sum")]
-    keywords += [dict(background_weight=0.0), dict(foreground_weight=scalar(3.0), background_weight=scalar(0.4))]
-    keywords += [dict(foreground_weight=scalar(3.0), background_weight=0.0)]
-    for k in keywords:
-        name = ", ".join(f"{key} {value}" for key, value in k.items())
-        cases.append(feature_case(name, PYRAMID[2:], plain(1.0), masks(), keywords={**weights, **k}))
-    return cases
-
-
-def pearson_cases() -> list[Case]:
-    cases = feature_cases(None, {})
-    keywords: list[dict[str, Any]] = [dict(eps=1e-2), dict(eps=0.0), dict(level_reduction="mean")]
-    for k in keywords:
-        name = ", ".join(f"{key} {value}" for key, value in k.items())
-        cases.append(feature_case(name, PYRAMID[2:], plain(1.0), None, keywords=k))
-    for name in ("constant student", "constant teacher", "constant both"):
-        for layout in (contiguous, channels_last):
-            layouts = (layout, layout)
-            full = f"{name}, published gradient, {layout.__name__}"
-            options = dict(keywords=dict(on_constant="reference"), layouts=layouts)
-            cases.append(feature_case(full, [(2, 8, 9, 15)], FEATURES[name], None, **options))
-    return cases
 
 
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
