@@ -67,7 +67,7 @@ def test_regions_are_temperature_kl_of_their_rows(backend):
 
 
 def test_reductions_agree(backend):
-    """"none" has region weight, row weight and T^2, and no division; the counts are not weighted."""
+    """ "none" has region weight, row weight and T^2, and no division; the counts are not weighted."""
     s, t, f, w = torch.randn(2, 25, 9), torch.randn(2, 25, 9), torch.rand(2, 25) < 0.3, torch.rand(2, 25)
     call = functools.partial(kd.decoupled_kl_loss, s, t, f, foreground_weight=0.5, foreground_temperature=3.0)
     rows = call(reduction="none")
@@ -83,7 +83,9 @@ def test_reductions_agree(backend):
 def test_a_region_without_rows_gives_0(foreground, dtype, backend):
     """No foreground or no background: the other region alone; of weight 0, an exact 0 with a graph."""
     s, t, f = torch.randn(7, 5).to(dtype), torch.randn(7, 5).to(dtype), torch.full((7,), not foreground)
-    empty, other = ("foreground_weight", "background_weight") if foreground else ("background_weight", "foreground_weight")
+    empty, other = (
+        ("foreground_weight", "background_weight") if foreground else ("background_weight", "foreground_weight")
+    )
     loss, grad = run(kd.decoupled_kl_loss, s, t, f, **{empty: 1e3})
     alone, alone_grad = run(kd.temperature_kl_loss, s, t)
     torch.testing.assert_close(loss, alone)
