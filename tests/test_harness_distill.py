@@ -207,7 +207,7 @@ def test_split_measures_every_part_and_leaves_no_trace():
     before = {name: value.clone() for name, value in student.state_dict().items()}
     settings = TrainSettings(batch_size=2)
     parts = split.measure(student, recipe, pictures, settings, torch.device("cpu"), steps=2)
-    assert set(parts) == {"teacher", "student", "losses"} and all(seconds > 0 for seconds in parts.values())
+    assert set(parts) == {"teacher", "student", "losses", "alone"} and all(seconds > 0 for seconds in parts.values())
     assert all(parameter.grad is None for parameter in student.parameters())
     for name, value in student.state_dict().items():
         assert torch.equal(value, before[name]), name

@@ -12,6 +12,7 @@ from .data import to_device
 from .extras import require
 from .loop import Run
 from .progress import Progress
+from .split import PARTS
 
 #: One colour per run, the same in both pictures; told apart by the colour-blind too (Okabe and Ito).
 COLOURS = {"teacher": "#000000", "alone": "#0072B2", "alone, equal time": "#56B4E9", "distilled": "#D55E00"}
@@ -70,15 +71,16 @@ def table(runs: dict[str, Run], parts: dict[str, float], pictures: int) -> str:
         lines.append(
             f"{title:<28}{run.seed:>6}{run.steps:>8}{run.seconds:>10.1f}{score.mean_ap:>9.3f}{score.ap50:>9.3f}"
         )
-    whole = sum(parts.values())
-    split = ", ".join(f"{name} {1000 * value:.0f} ms ({value / whole:.0%})" for name, value in parts.items())
+    whole = sum(parts[part] for part in PARTS)
+    split = ", ".join(f"{part} {1000 * parts[part]:.0f} ms ({parts[part] / whole:.0%})" for part in PARTS)
     return "\n".join(
         [
             *lines,
             "",
-            f"A distillation step: {split}; forward and backward, without the optimiser.",
-            "Seconds are of training, without evaluations. Equal time: its steps were computed from the measured times",
-            "per step before it began, and then fixed.",
+            f"A distillation step: {split}; a step alone {1000 * parts['alone']:.0f} ms.",
+            "These are of forward and backward, without the optimiser, the two kinds of step timed in turn.",
+            "Seconds are of training, without evaluations. Equal time: its steps were computed from these times before",
+            "it began, and then fixed.",
             f"Scored on {pictures} validation pictures, with one seed. One seed says little: repeat with other --seed",
             "values before you believe a difference.",
         ]

@@ -1,4 +1,4 @@
-"""How long a distillation step spends in teacher, student and losses. Only this measurement lives here."""
+"""How long a distillation step spends in teacher, student and losses, and a step alone. Only this measurement."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ def measure(
 
     The distillation losses are cut off the student's graph: their backward ends at copies of what they take, and the
     gradient found there enters the student's own backward. The sum is the same gradient, and each part has its own
-    time. Parameters, gradients and running statistics are left as they were.
+    time. ``alone`` is a step of the student without distillation, on the same pictures. Parameters, gradients and
+    running statistics are left as they were.
     """
     before = {name: value.clone() for name, value in student.state_dict().items()}
-    times: dict[str, list[float]] = {part: [] for part in PARTS}
+    times: dict[str, list[float]] = {part: [] for part in (*PARTS, "alone")}
     clock = _clock(device)
     teacher = _TimedTeacher(recipe.teacher.detector, clock)
     student.train()
@@ -42,6 +43,10 @@ def measure(
         images, targets = to_device(*batch, device)
         for part, seconds in _step(student, recipe, teacher, images, targets).items():
             times[part].append(seconds)
+        # In turn with the other, so that whatever else the machine does weighs on both alike.
+        begin = clock()
+        sum(student.losses(student.features(images), targets).values()).backward()
+        times["alone"].append(clock() - begin)
     student.zero_grad(set_to_none=True)
     recipe.zero_grad(set_to_none=True)
     student.load_state_dict(before)

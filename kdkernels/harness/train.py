@@ -120,16 +120,17 @@ class Job:
         ).to(self.device)
         students["distilled"], runs["distilled"] = self._student("distilled", steps, recipe)
         students["alone"], runs["alone"] = self._student("alone", steps)
-        # Fixed before that training begins: a number of steps like any other, not a race with the clock.
-        ratio = runs["distilled"].median_step / runs["alone"].median_step
+        parts = split.measure(
+            students["distilled"], recipe, self.train, options.training, self.device, steps=min(12, steps)
+        )
+        # Fixed before that training begins: a number of steps like any other, not a race with the clock. The two kinds
+        # of step were timed in turn: two runs, minutes apart, would compare what else the machine did.
+        ratio = sum(parts[part] for part in split.PARTS) / parts["alone"]
         longer = max(steps, round(steps * ratio))
         self.progress.say(
             f"a distilled step takes {ratio:.2f} times one alone: at equal time the student alone gets {longer} steps"
         )
         students["alone, equal time"], runs["alone, equal time"] = self._student("alone, equal time", longer)
-        parts = split.measure(
-            students["distilled"], recipe, self.train, options.training, self.device, steps=min(12, steps)
-        )
         report.write(
             options.output_dir,
             teacher=(teacher, teacher_run),
