@@ -100,7 +100,12 @@ def test_dynamic_shapes_share_one_graph(name):
     assert counter.frame_count == once <= 2
 
 
-SCALARS = [(name, key) for name, loss in LOSSES.items() for key in loss.scalars]
+# The first scalar of each loss at once, the others in the slow tier.
+SCALARS = [
+    pytest.param(name, key, marks=[pytest.mark.slow] * (i > 0))
+    for name, loss in LOSSES.items()
+    for i, key in enumerate(loss.scalars)
+]
 
 
 @pytest.mark.parametrize("name, key", SCALARS)
