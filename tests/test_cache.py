@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -48,6 +52,30 @@ def test_private_folder_where_there_is_no_home(nowhere, monkeypatch, home):
     assert folder == nowhere / "temporary" / f"kdkernels-{os.getuid()}"
     assert folder.stat().st_mode & 0o777 == 0o700
     assert not (nowhere / "relative").exists() and not (nowhere / "no-home").is_dir()
+
+
+def test_private_folder_where_the_home_may_not_be_looked_into(nowhere):
+    home = nowhere / "no-home"
+    home.mkdir(mode=0o000)
+    if os.getuid() != 0:
+        assert cache.directory().parent == nowhere / "temporary"
+        return
+    # Root looks into everything: somebody else asks, from a copy that he may read.
+    user, shared = 65534, Path(tempfile.mkdtemp(dir="/tmp"))
+    try:
+        shutil.copytree(Path(builder.__file__).parent, shared / "native")
+        code = f"import sys; sys.path.insert(0, {str(shared)!r}); from native import cache; print(cache._home_cache())"
+        for path in (shared, *shared.rglob("*")):
+            path.chmod(0o755)
+        environment = {**os.environ, "HOME": str(shared / "closed")}
+        (shared / "closed").mkdir(mode=0o000)
+        python = shutil.which("python3", path="/usr/bin:/bin")
+        if python is None:
+            pytest.skip("no Python that another user may run")
+        result = subprocess.run([python, "-c", code], env=environment, user=user, capture_output=True, text=True)
+        assert result.stdout == "None\n", result.stderr
+    finally:
+        shutil.rmtree(shared)
 
 
 @pytest.mark.parametrize("trap", ["link", "group may write", "anybody may write", "a stranger's", "file"])

@@ -46,7 +46,7 @@ def _home_cache() -> Path | None:
         return None
     with contextlib.suppress(OSError):
         base.mkdir(exist_ok=True, mode=0o700)
-    return base if base.is_dir() else None
+    return base if os.path.isdir(base) else None  # Path.is_dir raises where the home may not be looked into
 
 
 def directory() -> Path:
