@@ -15,11 +15,6 @@ namespace {
 // gradient = factor_s * ((s - shift_s) - rest_s) - factor_t * ((t - shift_t) - rest_t)
 enum Statistic : int { shift_s, rest_s, factor_s, shift_t, rest_t, factor_t, statistics_per_channel };
 
-// v = sum s^ (s^ - t^), u = sum (s^ - t^)^2.
-struct DifferenceSums {
-  double u = 0, v = 0;
-};
-
 template <class A>
 KD_HD void add_chunk(Moments& moments, const A* x, int n, A shift) {
   using V = vec<A>;
@@ -71,8 +66,9 @@ KD_HD void add_differences(DifferenceSums& sums, const A* s, const A* t, int n, 
 
 // One channel's results: its loss, and its statistics for the backward.
 template <class A>
-double finish(const Standard<A>& s, const Standard<A>& t, const DifferenceSums& sums, double m, double share,
+double finish(const Standard<A>& s, const Standard<A>& t, const DifferenceSums& rounded, double m, double share,
               const PearsonOptions& options, A* row) {
+  const DifferenceSums sums = with_exact_scales(rounded, s, t, m);
   const ChannelGradient gradient(s, t, m, sums.v, share, options.zero_on_constant);
   row[shift_s] = s.shift;
   row[rest_s] = s.rest;
@@ -152,6 +148,14 @@ KD_HD void each_channel_vector(int channels, const F& body) {
   if (rest) body(c, [&](const A* row) { return load_part(row + c, rest, A(0)); });
 }
 
+// A chunk's pixels in strips, whose sums are added up: 128 additions in one chain would round 128 times in a row.
+constexpr int strip = 16;
+
+template <class F>
+KD_HD void each_strip(int count, const F& body) {
+  for (int begin = 0; begin < count; begin += strip) body(begin, begin + strip < count ? begin + strip : count);
+}
+
 // Moments of `channels` neighbouring channels over one chunk of pixels.
 template <class A>
 void add_pixels(Moments* moments, const A* const* x, int count, int channels, const A* shift) {
@@ -159,12 +163,20 @@ void add_pixels(Moments* moments, const A* const* x, int count, int channels, co
   each_channel_vector<A>(channels, [&](int c, const auto& at) {
     const V from = at(shift);
     V sum = constant<V>(0), squares = constant<V>(0);
-    for (int i = 0; i < count; ++i) sum += at(x[i]) - from;
+    each_strip(count, [&](int begin, int end) {
+      V part = constant<V>(0);
+      for (int i = begin; i < end; ++i) part += at(x[i]) - from;
+      sum += part;
+    });
     const V middle = sum / A(count);
-    for (int i = 0; i < count; ++i) {
-      const V d = (at(x[i]) - from) - middle;
-      squares += d * d;
-    }
+    each_strip(count, [&](int begin, int end) {
+      V part = constant<V>(0);
+      for (int i = begin; i < end; ++i) {
+        const V d = (at(x[i]) - from) - middle;
+        part += d * d;
+      }
+      squares += part;
+    });
     for (int j = 0; j < lanes<A> && c + j < channels; ++j) {
       const double mean = double(sum[j]) / count, rounding = mean - double(middle[j]);
       moments[c + j].merge(count, mean, double(squares[j]) - count * rounding * rounding);
@@ -192,12 +204,17 @@ void add_pixel_differences(DifferenceSums* sums, const PixelChunk<A>& values, in
     const V shift_s = at(of_s.shift), rest_s = at(of_s.rest), scale_s = at(of_s.scale);
     const V shift_t = at(of_t.shift), rest_t = at(of_t.rest), scale_t = at(of_t.scale);
     V u = constant<V>(0), v = constant<V>(0);
-    for (int i = 0; i < count; ++i) {
-      const V a = ((at(values.s[i]) - shift_s) - rest_s) * scale_s;
-      const V difference = a - ((at(values.t[i]) - shift_t) - rest_t) * scale_t;
-      u += difference * difference;
-      v += a * difference;
-    }
+    each_strip(count, [&](int begin, int end) {
+      V part_u = constant<V>(0), part_v = constant<V>(0);
+      for (int i = begin; i < end; ++i) {
+        const V a = ((at(values.s[i]) - shift_s) - rest_s) * scale_s;
+        const V difference = a - ((at(values.t[i]) - shift_t) - rest_t) * scale_t;
+        part_u += difference * difference;
+        part_v += a * difference;
+      }
+      u += part_u;
+      v += part_v;
+    });
     for (int j = 0; j < lanes<A> && c + j < channels; ++j) {
       sums[c + j].u += u[j];
       sums[c + j].v += v[j];

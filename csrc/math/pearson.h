@@ -45,6 +45,27 @@ struct Standard {
   }
 };
 
+// v = sum s^ (s^ - t^), u = sum (s^ - t^)^2.
+struct DifferenceSums {
+  double u = 0, v = 0;
+};
+
+// The sums as they would be with the scales in double. Elements are scaled by A's nearest, off by factors a and b, which
+// a gradient that cancels would show; sum s^2 is known from the moments, so they can be taken out again.
+template <class A>
+KD_HD DifferenceSums with_exact_scales(const DifferenceSums& sums, const Standard<A>& s, const Standard<A>& t,
+                                       double m) {
+  const double a = s.scale > 0 ? double(A(s.scale)) / s.scale : 1, b = t.scale > 0 ? double(A(t.scale)) / t.scale : 1;
+  const double spread_s = s.deviation * s.scale, spread_t = t.deviation * t.scale;
+  const double more_s = (m - 1) * spread_s * spread_s * (1 - a / b);
+  const double more_t = (m - 1) * spread_t * spread_t * (1 - b / a);
+  DifferenceSums exact;
+  const double u = sums.u / (a * b) + (more_s + more_t);
+  exact.u = u < 0 ? 0 : u;
+  exact.v = sums.v / (a * b) + more_s;
+  return exact;
+}
+
 // gradient_i = student_factor * centred(s_i) - teacher_factor * centred(t_i), from v = sum s^ (s^ - t^). `share` is
 // 1 / (C m), times the level's share of the loss. The student's factor is (1 - kappa) / (C m d_s^2) with
 // kappa = d_s v / ((m - 1) sd_s).
