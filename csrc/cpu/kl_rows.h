@@ -42,6 +42,12 @@ KD_HD double kl_row(const RowPair& pair, int64_t row, double temperature, double
     const int n = int(pair.columns - column < block_size ? pair.columns - column : block_size);
     kl_block<A>(state, s.block(column, n), t.block(column, n), n, k);
   }
+  if (isinf(state.dot)) {
+    const double shift_s = state.student.shift(), shift_t = state.teacher.shift();
+    state.dot = careful_dot<A>(s, t, pair.columns, shift_t, k, [&](A student, A teacher, double p, int64_t) {
+      return kl_term(p, double(teacher) - shift_t, double(student) - shift_s);
+    });
+  }
   const bool empty = state.empty();
   statistics[kl_shift_s] = A(state.student.shift());
   statistics[kl_inverse_s] = A(empty ? 0 : 1 / state.student.sum);

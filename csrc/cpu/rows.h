@@ -41,6 +41,24 @@ KD_HD double maximum_of(const A* x, int n) {
   return max_lanes<A>(best);
 }
 
+// A row's sum of term(s, t, exp(t - maximum), column), once more, one by one in double under the final maximum. For the
+// rare row whose fast sum is infinite: a block cannot know that a later maximum leaves its classes no probability,
+// which contributes 0, and A overflows where the mean of its terms does not.
+template <class A, class F>
+double careful_dot(const RowReader<A>& s, const RowReader<A>& t, int64_t columns, double maximum, double k,
+                   const F& term) {
+  double dot = 0;
+  for (int64_t column = 0; column < columns; column += block_size) {
+    const int n = int(columns - column < block_size ? columns - column : block_size);
+    const A *student = s.block(column, n), *teacher = t.block(column, n);
+    for (int i = 0; i < n; ++i) {
+      const A p = A(exp2((double(teacher[i]) - maximum) * k));  // A decides what is no probability
+      dot += term(student[i], teacher[i], double(p), column + i);
+    }
+  }
+  return dot;
+}
+
 // Rows are handed out in units whose size depends on the width alone, and unit sums are added in order: the same bits
 // whatever the number of threads.
 struct RowUnits {

@@ -57,6 +57,12 @@ double row_loss(const RowPair& pair, const SoftCrossEntropyOptions& options, int
     add_block<A>(state, s.block(column, n), t.block(column, n), w ? w + column : nullptr, n, k,
                  options.temperature != 1);
   }
+  if (isinf(state.dot)) {
+    const double shift_s = state.student.shift();
+    state.dot = careful_dot<A>(s, t, pair.columns, state.teacher.shift(), k, [&](A student, A, double p, int64_t c) {
+      return soft_term(w ? double(w[c]) * p : p, double(student) - shift_s);
+    });
+  }
   if (state.empty()) return 0;
   const bool valid = !options.target || (label >= 0 && label < pair.columns);
   double value = mix == 1 ? 0 : (1 - mix) * state.soft(1 / options.temperature);
