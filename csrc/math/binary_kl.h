@@ -25,7 +25,8 @@ KD_HD V binary_kl_value(const Logistic<V>& s, const Logistic<V>& t) {
   const V l = t.l - s.l;
   const V inside = p * ((t.low() - s.low()) - l), outside = q * ((s.high() - t.high()) - l);
   const V kl = (p == zero ? zero : inside) + (q == zero ? zero : outside);
-  return kl < zero ? zero : kl;
+  // Equal logits by comparison: a compiler may fuse one product of a difference of equals, and leave its rounding.
+  return s.x == t.x ? zero : (kl < zero ? zero : kl);
 }
 
 // sigmoid(s) - sigmoid(t); where both are near 1, from their distances to 1.
