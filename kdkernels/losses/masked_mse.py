@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -148,7 +150,7 @@ def masked_mse_loss(
         student: features (N, C, H, W), or a list, tuple or dict of pyramid levels. float32, bfloat16, float16, float64.
         teacher: the same shapes; a constant. Alike in dtype or float32 for the compiled kernels; else the formula
             serves.
-        mask: (N, H, W) per level, bool or real in [0, 1]; see :mod:`kdkernels.masks`.
+        mask: (N, H, W) per level, bool or real in [0, 1]; dicts are matched by key. See :mod:`kdkernels.masks`.
         foreground_weight, background_weight: a number, or a 0-d float32 tensor that is read on the device. A background
             weight of 0 switches the background off (FGFI and TADF have none).
         normalizer: what a region's sum is divided by, beside the 2: ``"elements"`` (pixels x channels over the batch:
@@ -170,7 +172,8 @@ def masked_mse_loss(
     Sources: Guo et al. 2021 (DeFeat), eq. 5; Wang et al. 2019 (FGFI); Li et al. 2017 (Mimic, with a mask of ones).
     """
     students, teachers = check_features(student, teacher)
-    masks = feature_levels("mask", mask)
+    both = isinstance(student, Mapping) and isinstance(mask, Mapping)
+    masks = feature_levels("mask", mask, list(student) if both else None)
     if len(masks) != len(students):
         raise ValueError(f"mask has {len(masks)} levels, student has {len(students)}")
     first = students[0]
