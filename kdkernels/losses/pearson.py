@@ -96,7 +96,8 @@ def pearson_loss(
         on_constant: what a student channel without any variation gets as gradient: ``"zero"``, or ``"reference"``
             for the published :math:`-\hat t_i / (C m \varepsilon)`, which is about a million times larger than usual.
         resize: which side is resized to the other where H or W differ: ``"student"``, ``"teacher"``, or None to
-            refuse. Bilinear, align_corners=False: a float32 copy, the only one that this loss makes.
+            refuse. Bilinear, align_corners=False: a float32 copy, the only one that this loss makes
+            (and a float32 copy of a 16-bit teacher beside a student that was resized).
 
     Returns:
         A 0-d float32 tensor (float64 where either side is). The gradient has each student level's dtype and memory
@@ -123,9 +124,12 @@ def pearson_loss(
         check_device(f"student[{i}]", s, students[0])
         if s.shape[:2] != t.shape[:2]:
             raise ValueError(f"student[{i}] and teacher[{i}] differ in N or C: {tuple(s.shape)} and {tuple(t.shape)}")
+    given = students
     students, teachers = resize_levels(students, teachers, resize)
     for i, (s, t) in enumerate(zip(students, teachers)):
         check_pair(s, t, f"[{i}]")
+        if s is not given[i] and not ops.kernel_dtypes(s.dtype, t.dtype):  # kernels have no narrower teacher
+            teachers[i] = t.to(s.dtype)
 
     backends = {ops.backend_for("pearson", s, t) for s, t in zip(students, teachers)}
     mixed = len({arithmetic_dtype(s) for s in students}) > 1
