@@ -50,8 +50,8 @@ struct DifferenceSums {
   double u = 0, v = 0;
 };
 
-// The sums as they would be with the scales in double. Elements are scaled by A's nearest, off by factors a and b, which
-// a gradient that cancels would show; sum s^2 is known from the moments, so they can be taken out again.
+// The sums as they would be with the scales in double. Elements are scaled by A's nearest, off by factors a and b,
+// which a gradient that cancels would show; sum s^2 is known from the moments, so they can be taken out again.
 template <class A>
 KD_HD DifferenceSums with_exact_scales(const DifferenceSums& sums, const Standard<A>& s, const Standard<A>& t,
                                        double m) {
