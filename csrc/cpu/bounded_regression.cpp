@@ -16,7 +16,7 @@ struct Row {
   A student[coordinates], teacher[coordinates];  // differences to the target
 
   Row(const RowPair& pair, const RowView& target, int64_t row) {
-    A ss[coordinates], st[coordinates], sy[coordinates];
+    A ss[coordinates] = {}, st[coordinates] = {}, sy[coordinates] = {};
     const A* s = RowReader<A>(pair.student, row, ss).block(0, coordinates);
     const A* t = RowReader<A>(pair.teacher, row, st).block(0, coordinates);
     const A* y = RowReader<A>(target, row, sy).block(0, coordinates);
