@@ -103,6 +103,17 @@ def test_tuples_and_dicts_of_levels(backend):
     assert torch.equal(kd.masked_mse_loss(dicts[0], teachers, masks), expected)
 
 
+@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("float16", "bfloat16"), ("float32", "float64")])
+def test_levels_of_different_dtypes(dtypes):
+    """Each level's gradient has its own dtype; float64 among others takes the formula, and makes the loss float64."""
+    students, teachers, masks = _levels((2, 4, 3, 5), (2, 4, 1, 2))
+    students = [s.to(getattr(torch, d)) for s, d in zip(students, dtypes)]
+    teachers = [t.to(s.dtype) for s, t in zip(students, teachers)]
+    result = check(kd.masked_mse_loss, students, teachers, masks, length=136)
+    assert result.loss.dtype == (torch.float64 if "float64" in dtypes else torch.float32)
+    assert [g.dtype for g in result.grads] == [s.dtype for s in students]
+
+
 @pytest.mark.parametrize("frozen", [[0], [1], [2], [0, 2], [0, 1]])
 @LAYOUTS
 def test_frozen_levels_get_none(frozen, layout, backend):

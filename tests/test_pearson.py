@@ -102,6 +102,16 @@ def test_tuples_and_dicts_of_levels(backend):
     assert torch.equal(kd.pearson_loss(student, teachers), expected)
 
 
+@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("float16", "bfloat16"), ("float32", "float64")])
+def test_levels_of_different_dtypes(dtypes):
+    """Each level's gradient has its own dtype; float64 among others takes the formula, and makes the loss float64."""
+    students = [torch.randn(2, 4, 3, 5).to(getattr(torch, d)) for d in dtypes]
+    teachers = [torch.randn(2, 4, 3, 5).to(s.dtype) for s in students]
+    result = check(kd.pearson_loss, students, teachers, length=120)
+    assert result.loss.dtype == (torch.float64 if "float64" in dtypes else torch.float32)
+    assert [g.dtype for g in result.grads] == [s.dtype for s in students]
+
+
 @pytest.mark.parametrize("frozen", [[0], [1], [2], [0, 2], [0, 1]])
 @LAYOUTS
 def test_frozen_levels_get_none(frozen, layout, backend):
