@@ -171,12 +171,11 @@ def test_no_rows(shape, reduction, backend):
 
 
 def test_many_leading_dimensions(backend):
-    """More dimensions than a kernel has strides for."""
-    shape = (1, 2, 1, 2, 1, 2, 1, 2, 1, 2, 5)
-    s, t = torch.randn(shape), torch.randn(shape)
-    check(kd.temperature_kl_loss, s, t, length=160)
-    order = (9, 1, 7, 3, 5, 0, 2, 4, 6, 8, 10)
-    check(kd.temperature_kl_loss, s.permute(order), t.permute(order), length=160)
+    """Eight, as many as a kernel has strides for, in an order that cannot be merged as well."""
+    s, t = torch.randn(2, 2, 2, 2, 2, 1, 2, 2, 5), torch.randn(2, 2, 2, 2, 2, 1, 2, 2, 5)
+    check(kd.temperature_kl_loss, s, t, length=640)
+    order = (7, 1, 6, 3, 5, 0, 2, 4, 8)
+    check(kd.temperature_kl_loss, s.permute(order), t.permute(order), length=640)
 
 
 def test_channel_wise_distillation(backend):
