@@ -62,7 +62,7 @@ inline FeatureLevel feature_level(const Tensor& student, const Tensor& teacher) 
 // Neighbouring dimensions are merged where both strides allow, so that a contiguous (..., C) is one dimension of rows.
 inline RowView row_view(const Tensor& x) {
   const int64_t dims = x.dim();
-  STD_TORCH_CHECK(dims >= 1 && dims - 1 <= max_row_dims, "expected (..., C) with at most 8 leading dimensions");
+  STD_TORCH_CHECK(dims >= 1, "expected (..., C), got a 0-d tensor");
   RowView view{data_of(x), dtype_of(x), 0, {}, {}, x.stride(dims - 1)};
   for (int64_t i = 0; i + 1 < dims; ++i) {
     const int64_t size = x.size(i), stride = x.stride(i);
@@ -71,6 +71,7 @@ inline RowView row_view(const Tensor& x) {
       view.size[view.dims - 1] *= size;
       view.stride[view.dims - 1] = stride;
     } else {
+      STD_TORCH_CHECK(view.dims < max_row_dims, "expected rows of at most 8 dimensions that cannot be merged");
       view.size[view.dims] = size;
       view.stride[view.dims] = stride;
       ++view.dims;
