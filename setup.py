@@ -49,7 +49,9 @@ class BuildPyWithKernels(build_py):
             # What an earlier build left here (other Python, other torch, files since removed) is not part of this one.
             shutil.rmtree(Path(self.build_lib) / "kdkernels", ignore_errors=True)
         super().run()
-        wanted = os.environ.get("KDKERNELS_BUILD", "1")
+        wanted = os.environ.get("KDKERNELS_BUILD") or "1"
+        if wanted not in ("0", "1", "require"):
+            raise SystemExit(f"kdkernels: KDKERNELS_BUILD: expected 0, 1 or require, got {wanted!r}")
         if self.editable_mode or wanted == "0":
             say("nothing compiled now (editable install or KDKERNELS_BUILD=0); kernels are built on first use")
             return

@@ -50,7 +50,9 @@ def define(name: str, schema: str, fake: Callable[..., Any]) -> Any:
         torch.library.register_fake(qualified, fake, lib=_library)
 
         def load_then_run(*args: Any) -> Any:
-            if native.load("cpu") and torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CPU"):
+            if native.status("cpu").state == "loaded":  # PyTorch would have taken the kernel, had there been one
+                raise RuntimeError(f"kdkernels::{name}: no kernel for tensors of this kind")
+            if native.load("cpu"):
                 return getattr(torch.ops.kdkernels, name).default(*args)
             raise RuntimeError(
                 f"kdkernels::{name}: a compiled graph expected the CPU kernels, but {native.status('cpu').reason}. "
@@ -115,6 +117,40 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+def save(ctx: Any, *tensors: torch.Tensor | None) -> None:
+    """`ctx.save_for_backward`, and for inference tensors, which autograd refuses, a plain reference: they are
+    constants.
+
+    A teacher that ran under torch.inference_mode() gives such tensors.
+    """
+    kept = {}
+    if not torch.compiler.is_compiling():
+        kept = {i: x for i, x in enumerate(tensors) if x is not None and x.is_inference()}
+    ctx.inference_tensors = kept
+    ctx.save_for_backward(*(None if i in kept else x for i, x in enumerate(tensors)))
+
+
+def saved(ctx: Any) -> list[torch.Tensor | None]:
+    """What `save` was given."""
+    tensors = list(ctx.saved_tensors)
+    for i, x in ctx.inference_tensors.items():
+        tensors[i] = x
+    return tensors
+
+
+def run_formula(formula: Callable[..., torch.Tensor], *inputs: Any, **keywords: Any) -> torch.Tensor:
+    """Calls a formula of `reference/`, with copies of inference tensors, which autograd could not save for it."""
+
+    def ordinary(x: Any) -> Any:
+        if isinstance(x, torch.Tensor):
+            return x.clone() if x.is_inference() else x
+        return [ordinary(v) for v in x] if isinstance(x, (list, tuple)) else x
+
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return formula(*inputs, **keywords)
+    return formula(*map(ordinary, inputs), **{name: ordinary(x) for name, x in keywords.items()})
 
 
 def gradients_of_formula(

@@ -31,7 +31,7 @@ void forward(const RowPair& pair, double temperature, const RowReduction& reduct
                      const A *bs = s.block(column, n), *bt = t.block(column, n);
                      V sum = constant<V>(0);
                      const auto value = [&](V a, V b) {
-                       return binary_kl_value(logistic<A>(a, inverse), logistic<A>(b, inverse));
+                       return binary_kl_value(logistic<A>(a, inverse), logistic<A>(b, inverse), (a - b) * inverse);
                      };
                      for_each_vector<A>(
                          n, [&](int i) { sum += value(load(bs + i), load(bt + i)); },

@@ -31,6 +31,42 @@ KD_HD void kl_block(KlState& state, const A* s, const A* t, int n, double k) {
   state.dot += sum_lanes<A>(dot);
 }
 
+// KL of a row that turned out to be close, from its final maxima and the teacher's sum.
+template <class A>
+KD_HD double close_kl_value(const RowPair& pair, const RowReader<A>& s, const RowReader<A>& t, const KlState& state,
+                            double temperature) {
+  using V = vec<A>;
+  const A shift_s = A(state.student.shift()), shift_t = A(state.teacher.shift());
+  // u is the difference of the logits less that of the maxima. Whichever is taken first leaves the other exact: the
+  // logits where the sides are close as they stand, the maxima where a common offset lies between them.
+  const double between = state.student.shift() - state.teacher.shift();
+  const bool offset = !(between > -1 && between < 1);
+  const A from_s = offset ? shift_s : A(0), from_t = offset ? shift_t : A(0), rest = offset ? A(0) : A(between);
+  const A factor = A(log2_e / temperature), inverse = A(1 / temperature);
+  double terms = 0, mean = 0;
+  for (int64_t column = 0; column < pair.columns; column += block_size) {
+    const int n = int(pair.columns - column < block_size ? pair.columns - column : block_size);
+    const A *bs = s.block(column, n), *bt = t.block(column, n);
+    V block_terms = constant<V>(0), block_mean = constant<V>(0);
+    const auto add = [&](V student, V teacher) {
+      const V u = (((student - from_s) - (teacher - from_t)) - rest) * inverse;
+      const V es = exp2_nonpositive((student - shift_s) * factor), et = exp2_nonpositive((teacher - shift_t) * factor);
+      const V nothing = constant<V>(0);
+      const V term = close_kl_term(es, et, u), product = et * u;
+      block_terms += es == nothing ? (et == nothing ? nothing : term) : term;
+      block_mean += et == nothing ? nothing : product;
+    };
+    for_each_vector<A>(
+        n, [&](int i) { add(load(bs + i), load(bt + i)); },
+        [&](int i, int m) { add(load_part(bs + i, m, A(-INFINITY)), load_part(bt + i, m, A(-INFINITY))); });
+    terms += sum_lanes<A>(block_terms);
+    mean += sum_lanes<A>(block_mean);
+  }
+  const double y = (mean + terms) / state.teacher.sum;
+  const double kl = terms / state.teacher.sum + (log1p(y) - y);
+  return kl < 0 ? 0 : kl;
+}
+
 // T^2 KL of one row; fills its statistics, with `scale` (weight / divisor) in the coefficient.
 template <class A>
 KD_HD double kl_row(const RowPair& pair, int64_t row, double temperature, double scale, A* statistics, A* scratch_s,
@@ -55,7 +91,10 @@ KD_HD double kl_row(const RowPair& pair, int64_t row, double temperature, double
   statistics[kl_inverse_t] = A(empty ? 0 : 1 / state.teacher.sum);
   statistics[kl_coefficient] = A(scale * temperature);
   statistics[kl_k] = A(k);
-  return empty ? 0 : scale * temperature * temperature * state.value(1 / temperature);
+  if (empty) return 0;
+  double value = state.value(1 / temperature);
+  if (value < close_kl) value = close_kl_value<A>(pair, s, t, state, temperature);
+  return scale * temperature * temperature * value;
 }
 
 template <class A>

@@ -1,6 +1,6 @@
 // Pearson-normalised feature loss (PKD) on the CPU. Forward, per channel: one pass for the moments, chunk by chunk, and
 // one for the sums of the standardised difference; a channel's slice that fits the second-level cache comes from memory
-// once. Backward: reads both features, writes the gradient. Six numbers per channel are kept.
+// once. Backward: reads both features, writes the gradient. Eight numbers per channel are kept.
 #include "pearson.h"
 
 #include <stdlib.h>
@@ -12,8 +12,33 @@ KD_NAMESPACE_BEGIN
 
 namespace {
 
-// gradient = factor_s * ((s - shift_s) - rest_s) - factor_t * ((t - shift_t) - rest_t)
-enum Statistic : int { shift_s, rest_s, factor_s, shift_t, rest_t, factor_t, statistics_per_channel };
+// gradient = factor_s * (((s - shift_s) - rest_s) * scale_s) - factor_t * (((t - shift_t) - rest_t) * scale_t). Factor
+// and scale stay apart: their product leaves float's range long before the gradient does.
+enum Statistic : int { shift_s, rest_s, scale_s, factor_s, shift_t, rest_t, scale_t, factor_t, statistics_per_channel };
+
+// Whether a float sum of squares may have under- or overflowed: then the chunk is summed again in double. 0 is
+// included, since only the values can tell a constant channel from a tiny one.
+KD_HD bool out_of_range(double squares) { return !(squares > 1e-24 && squares < 1e36); }
+
+template <class A>
+KD_HD bool all_equal(const A* x, int n, A value) {
+  int different = 0;
+  for (int i = 0; i < n; ++i) different += x[i] != value;
+  return different == 0;
+}
+
+// Moments of the values value(0), ..., value(n - 1) in double, which holds the square of any float.
+template <class A, class F>
+void add_in_double(Moments& moments, int n, A shift, const F& value) {
+  double sum = 0, squares = 0;
+  for (int i = 0; i < n; ++i) sum += double(value(i)) - double(shift);
+  const double mean = sum / n;
+  for (int i = 0; i < n; ++i) {
+    const double d = (double(value(i)) - double(shift)) - mean;
+    squares += d * d;
+  }
+  moments.merge(n, mean, squares);
+}
 
 template <class A>
 KD_HD void add_chunk(Moments& moments, const A* x, int n, A shift) {
@@ -35,9 +60,12 @@ KD_HD void add_chunk(Moments& moments, const A* x, int n, A shift) {
         for (int j = k; j < lanes<A>; ++j) last[j] -= padding[j];
         squares += last;
       });
+  const double total = sum_lanes<A>(squares);
+  if (total == 0 && all_equal(x, n, shift)) return moments.merge(n, 0, 0);  // a dead channel, quickly
+  if (out_of_range(total)) return add_in_double(moments, n, shift, [&](int i) { return x[i]; });
   // The squares are about the rounded mean: exact after removing n (mean - middle)^2.
   const double rounding = mean - double(middle);
-  moments.merge(n, mean, sum_lanes<A>(squares) - n * rounding * rounding);
+  moments.merge(n, mean, total - n * rounding * rounding);
 }
 
 template <class A>
@@ -69,12 +97,14 @@ template <class A>
 double finish(const Standard<A>& s, const Standard<A>& t, const DifferenceSums& rounded, double m, double share,
               const PearsonOptions& options, A* row) {
   const DifferenceSums sums = with_exact_scales(rounded, s, t, m);
-  const ChannelGradient gradient(s, t, m, sums.v, share, options.zero_on_constant);
+  const ChannelGradient gradient(s, m, sums.v, share, options.zero_on_constant);
   row[shift_s] = s.shift;
   row[rest_s] = s.rest;
+  row[scale_s] = A(s.scale);
   row[factor_s] = A(gradient.student_factor);
   row[shift_t] = t.shift;
   row[rest_t] = t.rest;
+  row[scale_t] = A(t.scale);
   row[factor_t] = A(gradient.teacher_factor);
   return m < 2 ? 0 : 0.5 * share * sums.u;
 }
@@ -178,6 +208,10 @@ void add_pixels(Moments* moments, const A* const* x, int count, int channels, co
       squares += part;
     });
     for (int j = 0; j < lanes<A> && c + j < channels; ++j) {
+      if (out_of_range(squares[j])) {
+        add_in_double(moments[c + j], count, shift[c + j], [&](int i) { return x[i][c + j]; });
+        continue;
+      }
       const double mean = double(sum[j]) / count, rounding = mean - double(middle[j]);
       moments[c + j].merge(count, mean, double(squares[j]) - count * rounding * rounding);
     }
@@ -295,8 +329,8 @@ template <class A, class F>
 KD_HD void gradient_run(A* grad, const A* s, const A* t, int n, A upstream, const F& at) {
   using V = vec<A>;
   const auto gradient = [&](V student, V teacher, int i, int k) -> V {
-    const V from_s = (student - at(shift_s, i, k)) - at(rest_s, i, k);
-    const V from_t = (teacher - at(shift_t, i, k)) - at(rest_t, i, k);
+    const V from_s = ((student - at(shift_s, i, k)) - at(rest_s, i, k)) * at(scale_s, i, k);
+    const V from_t = ((teacher - at(shift_t, i, k)) - at(rest_t, i, k)) * at(scale_t, i, k);
     return upstream * (at(factor_s, i, k) * from_s - at(factor_t, i, k) * from_t);
   };
   for_each_vector<A>(

@@ -13,7 +13,7 @@ struct PearsonOptions {
 
 }  // namespace kdkernels
 
-// statistics: (channels of all levels, 6), see pearson.cpp; the backward gets one level's rows.
+// statistics: (channels of all levels, 8), see pearson.cpp; the backward gets one level's rows.
 KD_KERNEL(pearson_forward,
           (const FeatureLevel* levels, int count, const PearsonOptions& options, bool wide, void* loss,
            void* statistics, const Threads& threads),

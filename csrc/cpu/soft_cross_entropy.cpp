@@ -65,7 +65,9 @@ double row_loss(const RowPair& pair, const SoftCrossEntropyOptions& options, int
   }
   if (state.empty()) return 0;
   const bool valid = !options.target || (label >= 0 && label < pair.columns);
-  double value = mix == 1 ? 0 : (1 - mix) * state.soft(1 / options.temperature);
+  const double soft_part = state.soft(1 / options.temperature);
+  // A factor of 0 silences an infinite part, as in the formula, but never NaN.
+  double value = mix == 1 ? (isnan(soft_part) ? soft_part : 0) : (1 - mix) * soft_part;
   if (options.target && mix != 0) value += mix * state.hard(valid ? double(*s.block(label, 1)) : double(NAN));
   stat[shift_s] = A(state.student.shift());
   stat[mass_s] = A(state.weighted / state.teacher.sum / state.student.sum);

@@ -3,7 +3,7 @@
 // saturates.
 #pragma once
 
-#include "number.h"
+#include "temperature_kl.h"  // exp_remainder
 
 KD_NAMESPACE_BEGIN
 
@@ -18,15 +18,36 @@ struct Logistic {
   KD_HD V high() const { return x > constant<V>(0) ? x : constant<V>(0); }  // -(log sigmoid(-x) + l)
 };
 
+// For logits that are close, d = x_s - x_t with |d| <= 1/2: with r the smaller of p and 1 - p (and d's sign turned with
+// it),
+//   KL = r (exp(d) - 1 - d) + (log(1 + y) - y),  y = r (exp(d) - 1),
+// whose second term is at most half the first: nothing cancels.
 template <class V>
-KD_HD V binary_kl_value(const Logistic<V>& s, const Logistic<V>& t) {
+KD_HD V close_binary_kl(const Logistic<V>& t, V d) {
+  const V p = t.positive(), q = t.negative();
+  const V r = p < q ? p : q, signed_d = p < q ? d : -d;
+  const V remainder = r * exp_remainder(signed_d), y = r * signed_d + remainder;
+  // log(1 + y) - y with z = y / (2 + y): 2 artanh(z) - y = -y z + 2 z^3 (1/3 + z^2 / 5 + ...)
+  const V z = y / (y + constant<V>(2)), z2 = z * z;
+  constexpr int terms = sizeof(element_t<V>) == 4 ? 5 : 11;
+  V series = constant<V>(1.0 / (2 * terms + 1));
+  for (int k = terms - 1; k >= 1; --k) series = series * z2 + constant<V>(1.0 / (2 * k + 1));
+  const V kl = remainder + (z2 * z * series * constant<V>(2) - y * z);
+  return kl < constant<V>(0) ? constant<V>(0) : kl;
+}
+
+// `difference` is x_s - x_t, formed from the logits before they were scaled.
+template <class V>
+KD_HD V binary_kl_value(const Logistic<V>& s, const Logistic<V>& t, V difference) {
   const V zero = constant<V>(0);
   const V p = t.positive(), q = t.negative();
   const V l = t.l - s.l;
   const V inside = p * ((t.low() - s.low()) - l), outside = q * ((s.high() - t.high()) - l);
   const V kl = (p == zero ? zero : inside) + (q == zero ? zero : outside);
-  // Equal logits by comparison: a compiler may fuse one product of a difference of equals, and leave its rounding.
-  return s.x == t.x ? zero : (kl < zero ? zero : kl);
+  const V far = kl < zero ? zero : kl;
+  // Equal infinities have no difference, but they are equal.
+  const V near = magnitude(difference) <= constant<V>(0.5) ? close_binary_kl(t, difference) : far;
+  return s.x == t.x ? (difference == difference ? near : zero) : near;
 }
 
 // sigmoid(s) - sigmoid(t); where both are near 1, from their distances to 1.

@@ -66,24 +66,23 @@ KD_HD DifferenceSums with_exact_scales(const DifferenceSums& sums, const Standar
   return exact;
 }
 
-// gradient_i = student_factor * centred(s_i) - teacher_factor * centred(t_i), from v = sum s^ (s^ - t^). `share` is
-// 1 / (C m), times the level's share of the loss. The student's factor is (1 - kappa) / (C m d_s^2) with
+// gradient_i = student_factor * s^_i - teacher_factor * t^_i, from v = sum s^ (s^ - t^). `share` is
+// 1 / (C m), times the level's share of the loss. The student's factor is (1 - kappa) / (C m d_s) with
 // kappa = d_s v / ((m - 1) sd_s).
 struct ChannelGradient {
   double student_factor, teacher_factor;
 
   template <class A>
-  KD_HD ChannelGradient(const Standard<A>& s, const Standard<A>& t, double m, double v, double share,
-                        bool zero_on_constant) {
+  KD_HD ChannelGradient(const Standard<A>& s, double m, double v, double share, bool zero_on_constant) {
     if (m < 2) {
       student_factor = teacher_factor = 0;
     } else if (s.deviation == 0) {
       student_factor = 0;
-      teacher_factor = zero_on_constant ? 0 : share * s.scale * t.scale;
+      teacher_factor = zero_on_constant ? 0 : share * s.scale;
     } else {
       const double kappa = v / (s.scale * (m - 1) * s.deviation);
-      student_factor = share * (1 - kappa) * s.scale * s.scale;
-      teacher_factor = share * s.scale * t.scale;
+      student_factor = share * (1 - kappa) * s.scale;
+      teacher_factor = share * s.scale;
     }
   }
 };

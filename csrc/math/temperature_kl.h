@@ -14,6 +14,32 @@ KD_HD V kl_term(V teacher_exp, V teacher_shifted, V student_shifted) {
   return teacher_exp == constant<V>(0) ? constant<V>(0) : product;
 }
 
+// exp(u) - 1 - u for |u| <= 1/2, by its series: relative error of a rounding, where the plain difference cancels.
+template <class V>
+KD_HD V exp_remainder(V u) {
+  constexpr double series[] = {1.0 / 2,         1.0 / 6,          1.0 / 24,          1.0 / 120,         1.0 / 720,
+                               1.0 / 5040,      1.0 / 40320,      1.0 / 362880,      1.0 / 3628800,     1.0 / 39916800,
+                               1.0 / 479001600, 1.0 / 6227020800, 1.0 / 87178291200, 1.0 / 1307674368e3};
+  constexpr int terms = sizeof(element_t<V>) == 4 ? 8 : 14;
+  V p = constant<V>(series[terms - 1]);
+  for (int k = terms - 2; k >= 0; --k) p = p * u + constant<V>(series[k]);
+  return p * u * u;
+}
+
+// KL of a row whose sides are close, where the sums of KlState cancel. With u = (s - max s - t + max t) / T,
+//   KL = E[exp(u) - 1 - u] + (log(1 + y) - y),  y = E[exp(u) - 1],  E over p_t:
+// small terms of one size. One class's share of the first expectation, without 1 / sum_t:
+template <class V>
+KD_HD V close_kl_term(V student_exp, V teacher_exp, V u) {
+  const V half = constant<V>(0.5);
+  const V far = student_exp - teacher_exp - teacher_exp * u;
+  return magnitude(u) <= half ? teacher_exp * exp_remainder(u) : (teacher_exp == constant<V>(0) ? student_exp : far);
+}
+
+// Below this the row is summed again as a close one: above, the cancellation costs less than the formula's own
+// rounding.
+constexpr double close_kl = 0.05;
+
 struct KlState {
   SoftmaxState student, teacher;
   double dot = 0;  // sum of kl_term under the current maxima

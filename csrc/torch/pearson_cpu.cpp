@@ -6,7 +6,7 @@
 namespace kdkernels {
 namespace {
 
-constexpr int64_t statistics_per_channel = 6;  // cpu/pearson.cpp
+constexpr int64_t statistics_per_channel = 8;  // cpu/pearson.cpp
 
 std::tuple<Tensor, Tensor> pearson(std::vector<Tensor> student, std::vector<Tensor> teacher, double eps,
                                    bool mean_levels, bool zero_on_constant) {

@@ -81,12 +81,14 @@ def parse(line: argparse.ArgumentParser, argv: list[str]) -> Options:
     ):
         if value < least:
             line.error(f"argument {flag}: must be at least {least}, got {value}")
+    if args.seed >= 2**63:
+        line.error(f"argument --seed: must be below 2^63, got {args.seed}")
     if not 0 < args.lr < float("inf"):
         line.error(f"argument --lr: must be a positive number, got {args.lr}")
     if not 0 <= args.wd < float("inf"):
         line.error(f"argument --wd: must be a number of at least 0, got {args.wd}")
-    if args.image_size < 64 or args.image_size % 32:
-        line.error(f"argument --image-size: must be a multiple of 32 of at least 64, got {args.image_size}")
+    if not 64 <= args.image_size <= 4096 or args.image_size % 32:
+        line.error(f"argument --image-size: must be a multiple of 32 from 64 to 4096, got {args.image_size}")
     data_path = Path(args.data_path) if args.data_path is not None else None
     if data_path is not None and not data_path.is_dir():
         line.error(f"argument --data-path: {data_path} is not a folder")
@@ -142,7 +144,10 @@ def _device(line: argparse.ArgumentParser, name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=torch.device(name))
+        device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it holds no values")
+        torch.empty(0, device=device)
     except Exception as error:  # torch raises RuntimeError, AssertionError or NotImplementedError by device and build
         line.error(f"argument --device: {name} cannot be used: {str(error).splitlines()[0]}")
     return name

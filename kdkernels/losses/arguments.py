@@ -43,6 +43,8 @@ def check_float(name: str, x: Any) -> Tensor:
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if x.dtype not in _FLOATS:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {x.dtype}")
+    if x.layout != torch.strided or x.is_nested:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {'nested' if x.is_nested else x.layout}")
     return x
 
 

@@ -54,18 +54,19 @@ class _BinaryKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, teacher, temperature, weight, reduction, avg, avg_tensor):
         loss, coefficients = _forward(student, teacher, temperature, weight, _REDUCTIONS[reduction], avg, avg_tensor)
-        ctx.save_for_backward(student, teacher, coefficients, weight, avg_tensor)
+        ops.save(ctx, student, teacher, coefficients, weight, avg_tensor)
         ctx.options = (temperature, reduction, avg)
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
-        student, teacher, coefficients, weight, avg_tensor = ctx.saved_tensors
+        student, teacher, coefficients, weight, avg_tensor = ops.saved(ctx)
         temperature, reduction, avg = ctx.options
         grad = row_gradient(
             grad_loss,
             student,
-            lambda: formula(
+            lambda: ops.run_formula(
+                formula,
                 student,
                 teacher,
                 temperature=temperature,
@@ -126,8 +127,14 @@ def binary_kl_loss(
     check_choice("reduction", reduction, tuple(_REDUCTIONS))
     avg, avg_tensor = check_average(avg_factor, reduction, student)
     if ops.backend_for("binary_kl", student, teacher, differentiable=needs_formula(weight, avg_factor)) == "reference":
-        return formula(
-            student, teacher, temperature=temperature, weight=weight, reduction=reduction, avg_factor=avg_factor
+        return ops.run_formula(
+            formula,
+            student,
+            teacher,
+            temperature=temperature,
+            weight=weight,
+            reduction=reduction,
+            avg_factor=avg_factor,
         )
     return _BinaryKL.apply(student, teacher, temperature, in_arithmetic(weight, student), reduction, avg, avg_tensor)
 

@@ -90,18 +90,19 @@ class _BoundedRegression(torch.autograd.Function):
             avg,
             avg_tensor,
         )
-        ctx.save_for_backward(student, teacher, target, derivative, bw_tensor, sw_tensor, weight, avg_tensor)
+        ops.save(ctx, student, teacher, target, derivative, bw_tensor, sw_tensor, weight, avg_tensor)
         ctx.options = (margin, bw, sw, beta, gate, reduction, avg)
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
-        student, teacher, target, derivative, bw_tensor, sw_tensor, weight, avg_tensor = ctx.saved_tensors
+        student, teacher, target, derivative, bw_tensor, sw_tensor, weight, avg_tensor = ops.saved(ctx)
         margin, bw, sw, beta, gate, reduction, avg = ctx.options
         grad = row_gradient(
             grad_loss,
             student,
-            lambda: formula(
+            lambda: ops.run_formula(
+                formula,
                 student,
                 teacher,
                 target,
@@ -189,7 +190,8 @@ def bounded_regression_loss(
     avg, avg_tensor = check_average(avg_factor, reduction, student)
     differentiable = needs_formula(weight, bound_weight, smooth_l1_weight, avg_factor)
     if ops.backend_for("bounded_regression", student, teacher, differentiable=differentiable) == "reference":
-        return formula(
+        return ops.run_formula(
+            formula,
             student,
             teacher,
             target,

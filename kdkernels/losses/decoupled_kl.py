@@ -56,18 +56,19 @@ class _DecoupledKL(torch.autograd.Function):
         loss, statistics = _forward(
             student, teacher, foreground, fw, fw_tensor, bw, bw_tensor, ft, bt, weight, _REDUCTIONS[reduction]
         )
-        ctx.save_for_backward(student, teacher, statistics, foreground, fw_tensor, bw_tensor, weight)
+        ops.save(ctx, student, teacher, statistics, foreground, fw_tensor, bw_tensor, weight)
         ctx.options = (fw, bw, ft, bt, reduction)
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
-        student, teacher, statistics, foreground, fw_tensor, bw_tensor, weight = ctx.saved_tensors
+        student, teacher, statistics, foreground, fw_tensor, bw_tensor, weight = ops.saved(ctx)
         fw, bw, ft, bt, reduction = ctx.options
         grad = row_gradient(
             grad_loss,
             student,
-            lambda: formula(
+            lambda: ops.run_formula(
+                formula,
                 student,
                 teacher,
                 foreground,
@@ -144,7 +145,8 @@ def decoupled_kl_loss(
     check_choice("reduction", reduction, tuple(_REDUCTIONS))
     differentiable = needs_formula(weight, foreground_weight, background_weight)
     if ops.backend_for("decoupled_kl", student, teacher, differentiable=differentiable) == "reference":
-        return formula(
+        return ops.run_formula(
+            formula,
             student,
             teacher,
             foreground,

@@ -66,20 +66,21 @@ class _MaskedMSE(torch.autograd.Function):
             _NORMALIZERS.index(normalizer),
             level_reduction == "mean",
         )
-        ctx.save_for_backward(*tensors, scales, fw_tensor, bw_tensor)
+        ops.save(ctx, *tensors, scales, fw_tensor, bw_tensor)
         ctx.options = (fw, bw, normalizer, level_reduction, levels)
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
-        *tensors, scales, fw_tensor, bw_tensor = ctx.saved_tensors
+        *tensors, scales, fw_tensor, bw_tensor = ops.saved(ctx)
         fw, bw, normalizer, level_reduction, levels = ctx.options
         students, teachers, masks = tensors[:levels], tensors[levels : 2 * levels], tensors[2 * levels :]
         wanted = [i for i in range(levels) if ctx.needs_input_grad[7 + i]]
         grads: list[Tensor | None] = [None] * levels
         if torch.is_grad_enabled():  # create_graph=True: the formula's gradient can be differentiated again
             found = ops.gradients_of_formula(
-                lambda: formula(
+                lambda: ops.run_formula(
+                    formula,
                     students,
                     teachers,
                     masks,
@@ -110,6 +111,8 @@ def _check_mask(i: int, mask: Tensor, student: Tensor) -> Tensor:
         raise TypeError(f"mask[{i}]: expected a tensor, got {type(mask).__name__}")
     if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
         raise TypeError(f"mask[{i}]: expected bool or real numbers in [0, 1], got {mask.dtype}")
+    if mask.layout != torch.strided:
+        raise TypeError(f"mask[{i}]: expected a dense tensor, got layout {mask.layout}")
     n, _, h, w = student.shape
     if mask.shape != (n, h, w):
         raise ValueError(
@@ -120,7 +123,7 @@ def _check_mask(i: int, mask: Tensor, student: Tensor) -> Tensor:
     if mask.requires_grad:
         raise ValueError(f"mask[{i}]: it requires a gradient, but the mask is a constant here: detach it")
     readable = mask.device.type == "cpu" and not torch.compiler.is_compiling() and not ops.functorch_active()
-    if readable and mask.dtype != torch.bool and mask.numel() and type(mask) is Tensor:
+    if readable and mask.dtype != torch.bool and mask.numel() and type(mask) in (Tensor, torch.nn.Parameter):
         low, high = (float(x) for x in mask.aminmax())
         if not (low >= 0 and high <= 1):
             raise ValueError(f"mask[{i}]: values must lie in [0, 1], found {low} to {high}")
@@ -190,7 +193,8 @@ def masked_mse_loss(
     backends = {ops.backend_for("masked_mse", s, t, differentiable=differentiable) for s, t in zip(students, teachers)}
     mixed = len({arithmetic_dtype(s) for s in students}) > 1
     if backends == {"reference"} or len(backends) > 1 or mixed:
-        return formula(
+        return ops.run_formula(
+            formula,
             students,
             teachers,
             masks,

@@ -34,8 +34,10 @@ class LossModule(nn.Module):
                 raise TypeError(
                     f"{type(self).__name__}: no keyword {name!r}; expected {', '.join(allowed)}, loss_weight"
                 )
-        self._names = tuple(keywords)
-        for name, value in {**keywords, "loss_weight": loss_weight}.items():
+        # Every keyword becomes an attribute, defaults included: a schedule that sets one later takes effect.
+        defaults = {name: p.default for name, p in type(self).__signature__.parameters.items()}
+        self._names = tuple(allowed)
+        for name, value in {**defaults, **keywords, "loss_weight": loss_weight}.items():
             if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
                 self.register_buffer(name, value, persistent=False)
             else:

@@ -17,7 +17,7 @@ ops.LOSSES.append("pearson")
 def _fake_forward(student, teacher, eps, mean_levels, zero_on_constant):
     dtype = arithmetic_dtype(student[0])
     channels = sum(s.shape[1] for s in student)
-    return student[0].new_empty((), dtype=dtype), student[0].new_empty((channels, 6), dtype=dtype)
+    return student[0].new_empty((), dtype=dtype), student[0].new_empty((channels, 8), dtype=dtype)
 
 
 def _fake_backward(grad_loss, student, teacher, statistics, first_channel):
@@ -42,20 +42,22 @@ class _Pearson(torch.autograd.Function):
     def forward(ctx, eps, level_reduction, on_constant, levels, *tensors):
         students, teachers = tensors[:levels], tensors[levels:]
         loss, statistics = _forward(students, teachers, eps, level_reduction == "mean", on_constant == "zero")
-        ctx.save_for_backward(*tensors, statistics)
+        ops.save(ctx, *tensors, statistics)
         ctx.options = (eps, level_reduction, on_constant, levels)
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
-        *tensors, statistics = ctx.saved_tensors
+        *tensors, statistics = ops.saved(ctx)
         eps, level_reduction, on_constant, levels = ctx.options
         students, teachers = tensors[:levels], tensors[levels:]
         wanted = [i for i in range(levels) if ctx.needs_input_grad[4 + i]]
         grads: list[Tensor | None] = [None] * levels
         if torch.is_grad_enabled():  # create_graph=True: the formula's gradient can be differentiated again
             found = ops.gradients_of_formula(
-                lambda: formula(students, teachers, eps=eps, level_reduction=level_reduction, on_constant=on_constant),
+                lambda: ops.run_formula(
+                    formula, students, teachers, eps=eps, level_reduction=level_reduction, on_constant=on_constant
+                ),
                 [students[i] for i in wanted],
                 grad_loss,
             )
@@ -134,7 +136,9 @@ def pearson_loss(
     backends = {ops.backend_for("pearson", s, t) for s, t in zip(students, teachers)}
     mixed = len({arithmetic_dtype(s) for s in students}) > 1
     if backends == {"reference"} or len(backends) > 1 or mixed:
-        return formula(students, teachers, eps=eps, level_reduction=level_reduction, on_constant=on_constant)
+        return ops.run_formula(
+            formula, students, teachers, eps=eps, level_reduction=level_reduction, on_constant=on_constant
+        )
     return _Pearson.apply(eps, level_reduction, on_constant, len(students), *students, *teachers)
 
 

@@ -86,18 +86,19 @@ class _SoftCrossEntropy(torch.autograd.Function):
             avg,
             avg_tensor,
         )
-        ctx.save_for_backward(student, teacher, statistics, class_weight, target, hard_tensor, weight, avg_tensor)
+        ops.save(ctx, student, teacher, statistics, class_weight, target, hard_tensor, weight, avg_tensor)
         ctx.options = (temperature, hard, ignore, reduction, avg)
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
-        student, teacher, statistics, class_weight, target, hard_tensor, weight, avg_tensor = ctx.saved_tensors
+        student, teacher, statistics, class_weight, target, hard_tensor, weight, avg_tensor = ops.saved(ctx)
         temperature, hard, ignore, reduction, avg = ctx.options
         grad = row_gradient(
             grad_loss,
             student,
-            lambda: formula(
+            lambda: ops.run_formula(
+                formula,
                 student,
                 teacher,
                 class_weight=class_weight,
@@ -203,7 +204,8 @@ def soft_cross_entropy_loss(
     avg, avg_tensor = check_average(avg_factor, reduction, student)
     differentiable = needs_formula(weight, class_weight, hard_weight, avg_factor)
     if ops.backend_for("soft_cross_entropy", student, teacher, differentiable=differentiable) == "reference":
-        return formula(
+        return ops.run_formula(
+            formula,
             student,
             teacher,
             class_weight=class_weight,

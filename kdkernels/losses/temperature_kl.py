@@ -53,18 +53,19 @@ class _TemperatureKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, teacher, temperature, weight, reduction, avg, avg_tensor):
         loss, statistics = _forward(student, teacher, temperature, weight, _REDUCTIONS[reduction], avg, avg_tensor)
-        ctx.save_for_backward(student, teacher, statistics, weight, avg_tensor)
+        ops.save(ctx, student, teacher, statistics, weight, avg_tensor)
         ctx.options = (temperature, reduction, avg)
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
-        student, teacher, statistics, weight, avg_tensor = ctx.saved_tensors
+        student, teacher, statistics, weight, avg_tensor = ops.saved(ctx)
         temperature, reduction, avg = ctx.options
         grad = row_gradient(
             grad_loss,
             student,
-            lambda: formula(
+            lambda: ops.run_formula(
+                formula,
                 student,
                 teacher,
                 temperature=temperature,
@@ -128,8 +129,14 @@ def temperature_kl_loss(
         ops.backend_for("temperature_kl", student, teacher, differentiable=needs_formula(weight, avg_factor))
         == "reference"
     ):
-        return formula(
-            student, teacher, temperature=temperature, weight=weight, reduction=reduction, avg_factor=avg_factor
+        return ops.run_formula(
+            formula,
+            student,
+            teacher,
+            temperature=temperature,
+            weight=weight,
+            reduction=reduction,
+            avg_factor=avg_factor,
         )
     return _TemperatureKL.apply(
         student, teacher, temperature, in_arithmetic(weight, student), reduction, avg, avg_tensor

@@ -21,6 +21,10 @@ CAPABILITIES = ("base", "avx2", "avx512")
 _SHIPPED = Path(__file__).resolve().parent / "lib" / builder.CPU_OBJECT
 _lock = threading.RLock()
 
+for _name, _allowed in {"KDKERNELS_CPU_CAPABILITY": CAPABILITIES, "KDKERNELS_JIT": ("0", "1")}.items():
+    if os.environ.get(_name) and os.environ[_name] not in _allowed:
+        raise ValueError(f"{_name}: expected one of {_allowed}, got {os.environ[_name]!r}")
+
 
 @dataclass
 class Status:
