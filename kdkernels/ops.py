@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ BACKENDS = ("cpu", "cuda", "triton", "reference")
 LOSSES: list[str] = []
 
 _library = torch.library.Library("kdkernels", "FRAGMENT")
+# Which op this thread is loading kernels for: its second arrival means that none fits its tensors.
+_entered = threading.local()
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 try:  # The predicate that torch.autograd.Function itself consults. Private, hence guarded; a test covers it.
@@ -50,10 +53,14 @@ def define(name: str, schema: str, fake: Callable[..., Any]) -> Any:
         torch.library.register_fake(qualified, fake, lib=_library)
 
         def load_then_run(*args: Any) -> Any:
-            if native.status("cpu").state == "loaded":  # PyTorch would have taken the kernel, had there been one
+            if getattr(_entered, "name", None) == name:  # the kernels are there, and PyTorch took this again
                 raise RuntimeError(f"kdkernels::{name}: no kernel for tensors of this kind")
             if native.load("cpu"):
-                return getattr(torch.ops.kdkernels, name).default(*args)
+                _entered.name = name
+                try:
+                    return getattr(torch.ops.kdkernels, name).default(*args)
+                finally:
+                    _entered.name = None
             raise RuntimeError(
                 f"kdkernels::{name}: a compiled graph expected the CPU kernels, but {native.status('cpu').reason}. "
                 "The next call traces the PyTorch formula instead."

@@ -1,4 +1,5 @@
-// Temperature KL on the CPU: forward reads both logits once and keeps six numbers per row; backward reads them again
+// Temperature KL on the CPU: forward reads both logits once (rows whose sides are
+// close: once more, from the cache) and keeps six numbers per row; backward reads them again
 // and writes the gradient.
 #include "temperature_kl.h"
 

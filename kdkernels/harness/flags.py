@@ -148,6 +148,6 @@ def _device(line: argparse.ArgumentParser, name: str) -> str:
         if device.type == "meta":
             raise RuntimeError("it holds no values")
         torch.empty(0, device=device)
-    except Exception as error:  # torch raises RuntimeError, AssertionError or NotImplementedError by device and build
+    except (RuntimeError, AssertionError) as error:  # by device and build: AssertionError is torch without CUDA
         line.error(f"argument --device: {name} cannot be used: {str(error).splitlines()[0]}")
     return name
