@@ -8,6 +8,9 @@ A loss declares its ops here (schema and fake implementation in Python; the shar
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
+import importlib.util
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -15,17 +18,29 @@ from typing import Any
 
 import torch
 
-from . import native
+from . import choices, native
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 
 # Every loss, by the name that it has in every folder.
 LOSSES: list[str] = []
 
-_library = torch.library.Library("kdkernels", "FRAGMENT")
+# Which device's tensors a backend's kernels take.
+DEVICES = {"cpu": "cpu", "cuda": "cuda", "triton": "cuda"}
+
+# backend -> op, for every op. A dispatcher key cannot hold two kernels, so Triton's ops are a namespace of their own;
+# the compiled kernels of both devices share one.
+OPS: dict[str, dict[str, Any]] = {}
+
+_compiled = torch.library.Library("kdkernels", "FRAGMENT")
+_triton = torch.library.Library("kdkernels_triton", "FRAGMENT")
 # Which op this thread is loading kernels for: its second arrival means that none fits its tensors.
 _entered = threading.local()
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_KERNEL_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+}
 
 try:  # The predicate that torch.autograd.Function itself consults. Private, hence guarded; a test covers it.
     functorch_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
@@ -41,71 +56,105 @@ if _forced is not None and _forced not in BACKENDS:
     raise ValueError(f"KDKERNELS_BACKEND: expected one of {BACKENDS}, got {_forced!r}")
 
 
-def define(name: str, schema: str, fake: Callable[..., Any]) -> Any:
-    """Declares kdkernels::`name` with its schema and its fake implementation, and returns the op.
+def _device_of(arguments: Sequence[Any]) -> str:
+    """The device type of the first tensor among an op's arguments."""
+    for x in arguments:
+        if isinstance(x, torch.Tensor):
+            return x.device.type
+        if isinstance(x, (list, tuple)) and x:
+            return _device_of(x)
+    return "cpu"
 
-    The op has no autograd formula and stays private: each loss wraps it in an autograd Function. Until the shared
-    object is loaded, a first execution (of a compiled graph, say) loads or builds it and then runs the kernel.
+
+def define(name: str, schema: str, fake: Callable[..., Any]) -> dict[str, Any]:
+    """Declares an op with its schema and its fake implementation, and returns it as {backend: op}.
+
+    ``kdkernels::name`` is the compiled one, ``kdkernels_triton::name`` Triton's, which is the function `name` of
+    kdkernels/triton/<loss>.py. The ops have no autograd formula and stay private: each loss wraps them in an autograd
+    Function. Until a shared object is loaded, a first execution (of a compiled graph, say) loads or builds it and then
+    runs the kernel.
     """
-    qualified = f"kdkernels::{name}"
     if not hasattr(torch.ops.kdkernels, name):  # importlib.reload runs this file again
-        _library.define(f"{name}{schema}")
-        torch.library.register_fake(qualified, fake, lib=_library)
-
-        def load_then_run(*args: Any) -> Any:
-            if getattr(_entered, "name", None) == name:  # the kernels are there, and PyTorch took this again
-                raise RuntimeError(f"kdkernels::{name}: no kernel for tensors of this kind")
-            if native.load("cpu"):
-                _entered.name = name
-                try:
-                    return getattr(torch.ops.kdkernels, name).default(*args)
-                finally:
-                    _entered.name = None
-            raise RuntimeError(
-                f"kdkernels::{name}: a compiled graph expected the CPU kernels, but {native.status('cpu').reason}. "
-                "The next call traces the PyTorch formula instead."
-            )
-
-        _library.impl(name, load_then_run, "CompositeExplicitAutograd")
-    return getattr(torch.ops.kdkernels, name).default
+        for library, implementation in ((_compiled, _load_then_run), (_triton, _run_triton)):
+            library.define(f"{name}{schema}")
+            torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
+            library.impl(name, functools.partial(implementation, name), "CompositeExplicitAutograd")
+    compiled, triton = (getattr(space, name).default for space in (torch.ops.kdkernels, torch.ops.kdkernels_triton))
+    OPS[name] = {"cpu": compiled, "cuda": compiled, "triton": triton}
+    return OPS[name]
 
 
-def kernel_dtypes(student: torch.dtype, teacher: torch.dtype) -> bool:
-    """Whether kernels exist for this pair: alike, or a float32 teacher. Other pairs are served by the formula."""
-    return student in _KERNEL_DTYPES and (teacher == student or teacher == torch.float32)
+def _load_then_run(name: str, *args: Any) -> Any:
+    if getattr(_entered, "name", None) == name:  # the kernels are there, and PyTorch took this again
+        raise RuntimeError(f"kdkernels::{name}: no kernel for tensors of this kind")
+    kernels = "cuda" if _device_of(args) == "cuda" else "cpu"
+    if native.load(kernels):
+        _entered.name = name
+        try:
+            return getattr(torch.ops.kdkernels, name).default(*args)
+        finally:
+            _entered.name = None
+    raise RuntimeError(
+        f"kdkernels::{name}: a compiled graph expected the {kernels.upper()} kernels, but "
+        f"{native.status(kernels).reason}. The next call traces what serves instead."
+    )
 
 
-def _cpu_usable() -> bool:
+def _run_triton(name: str, *args: Any) -> Any:
+    module = importlib.import_module(f"{__package__}.triton.{name.removesuffix('_backward')}")
+    return getattr(module, name)(*args)
+
+
+def kernel_dtypes(student: torch.dtype, teacher: torch.dtype, backend: str = "cpu") -> bool:
+    """Whether a backend has kernels for this pair: alike, or a float32 teacher. The formula serves other pairs, and
+    float64 on a GPU.
+    """
+    return student in _KERNEL_DTYPES[backend] and (teacher == student or teacher == torch.float32)
+
+
+@functools.cache
+def _triton_obstacle() -> str | None:
+    """Why Triton kernels cannot run here, or None. Cheap: triton is not imported."""
+    return None if importlib.util.find_spec("triton") else "triton is not installed (pip install 'kdkernels[triton]')"
+
+
+def _obstacle(backend: str) -> str | None:
+    """Why the kernels of a backend cannot be had, or None. Loads them, but not while a graph is being traced."""
+    if backend == "triton":
+        return _triton_obstacle()
     if torch.compiler.is_compiling():
-        return native.cpu_expected and not native.cpu_failed
-    return native.load("cpu")
+        return None if native.expected(backend) else "no compiled kernels are expected here"
+    return None if native.load(backend) else native.status(backend).reason
+
+
+def _order(loss: str, student: torch.Tensor) -> Sequence[str]:
+    """The backends that may serve the student's device, the preferred one first."""
+    device = student.device.type
+    able = [backend for backend, served in DEVICES.items() if served == device]
+    if len(able) < 2:
+        return able
+    return choices.order(loss, student)
 
 
 def backend_for(loss: str, student: torch.Tensor, teacher: torch.Tensor, *, differentiable: bool = False) -> str:
-    """Which backend serves one call of `loss`: "cpu" or "reference".
+    """Which backend serves one call of `loss`: one of `BACKENDS`.
 
     `differentiable` says that something besides the student asks for a gradient (a weight), which only the formula
     gives. Raises RuntimeError, naming op, device and dtypes, where a forced backend cannot serve.
     """
-    device = student.device.type
-    if _forced == "reference":
+    if _forced == "reference" or functorch_active():
         return "reference"
-    if functorch_active():
-        return "reference"
-    if (
-        device == "cpu"
-        and not differentiable
-        and kernel_dtypes(student.dtype, teacher.dtype)
-        and _forced in (None, "cpu")
-    ):
-        if _cpu_usable():
-            return "cpu"
+    why = "a weight asks for a gradient" if differentiable else None
+    if not differentiable:
+        for backend in _order(loss, student):
+            if _forced in (None, backend) and kernel_dtypes(student.dtype, teacher.dtype, backend):
+                why = _obstacle(backend)
+                if why is None:
+                    return backend
     if _forced is not None:
         raise RuntimeError(
             f"{loss}: backend {_forced!r} is forced but cannot serve a {student.dtype} student with a {teacher.dtype} "
-            f"teacher on {device}"
-            + (": a weight asks for a gradient" if differentiable else "")
-            + (f": {native.status('cpu').reason}" if _forced == "cpu" and native.cpu_failed else "")
+            f"teacher on {student.device.type}" + (f": {why}" if why else "")
         )
     return "reference"
 

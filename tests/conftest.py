@@ -11,8 +11,11 @@ import os
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when it is imported
+
 import kdkernels as kd
-from kdkernels import native
+from kdkernels import native, ops
 
 REQUIRE_GPU = os.environ.get("KDKERNELS_REQUIRE_GPU") == "1"
 
@@ -35,11 +38,34 @@ def reproducible():
         native.set_cpu_capability("avx512")
 
 
-@pytest.fixture(params=["base", "avx2", "avx512", "reference"])
-def backend(request):
-    """Every implementation that runs on the CPU: the kernels at each instruction set, and the formula."""
+# float64 on a GPU is the formula's: its kernels take no part in those cases.
+GPU_KERNELS = ("triton",)
+
+
+def _skip_float64(loss, student, teacher, **options):
+    if ops._forced in GPU_KERNELS and torch.float64 in (student.dtype, teacher.dtype):
+        pytest.skip("float64 is served by the formula on a GPU")
+    return _backend_for(loss, student, teacher, **options)
+
+
+_backend_for = ops.backend_for
+
+
+@pytest.fixture(params=["base", "avx2", "avx512", "reference", *GPU_KERNELS])
+def backend(request, monkeypatch):
+    """Every implementation that runs on the CPU: the kernels at each instruction set, the formula, and the GPU's
+    kernels without a GPU: Triton's in its interpreter.
+    """
     if request.param == "reference":
         with kd.use_backend("reference"):
+            yield request.param
+        return
+    if request.param in GPU_KERNELS:
+        pytest.importorskip(request.param)
+        monkeypatch.setitem(ops.DEVICES, request.param, "cpu")
+        monkeypatch.setattr(ops, "_order", lambda loss, student: (request.param,))
+        monkeypatch.setattr(ops, "backend_for", _skip_float64)
+        with kd.use_backend(request.param):
             yield request.param
         return
     assert native.load("cpu"), f"the CPU kernels could not be had: {native.status('cpu').reason}"

@@ -52,9 +52,12 @@ _backward = ops.define(
 
 class _BinaryKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student, teacher, temperature, weight, reduction, avg, avg_tensor):
-        loss, coefficients = _forward(student, teacher, temperature, weight, _REDUCTIONS[reduction], avg, avg_tensor)
+    def forward(ctx, backend, student, teacher, temperature, weight, reduction, avg, avg_tensor):
+        loss, coefficients = _forward[backend](
+            student, teacher, temperature, weight, _REDUCTIONS[reduction], avg, avg_tensor
+        )
         ops.save(ctx, student, teacher, coefficients, weight, avg_tensor)
+        ctx.backend = backend
         ctx.options = (temperature, reduction, avg)
         return loss
 
@@ -74,9 +77,11 @@ class _BinaryKL(torch.autograd.Function):
                 reduction=reduction,
                 avg_factor=saved_scalar(avg, avg_tensor),
             ),
-            lambda upstream, per_row: _backward(upstream, student, teacher, temperature, coefficients, per_row),
+            lambda upstream, per_row: _backward[ctx.backend](
+                upstream, student, teacher, temperature, coefficients, per_row
+            ),
         )
-        return grad, None, None, None, None, None, None
+        return None, grad, None, None, None, None, None, None
 
 
 def binary_kl_loss(
@@ -126,7 +131,8 @@ def binary_kl_loss(
     temperature = check_positive("temperature", temperature)
     check_choice("reduction", reduction, tuple(_REDUCTIONS))
     avg, avg_tensor = check_average(avg_factor, reduction, student)
-    if ops.backend_for("binary_kl", student, teacher, differentiable=needs_formula(weight, avg_factor)) == "reference":
+    backend = ops.backend_for("binary_kl", student, teacher, differentiable=needs_formula(weight, avg_factor))
+    if backend == "reference":
         return ops.run_formula(
             formula,
             student,
@@ -136,7 +142,9 @@ def binary_kl_loss(
             reduction=reduction,
             avg_factor=avg_factor,
         )
-    return _BinaryKL.apply(student, teacher, temperature, in_arithmetic(weight, student), reduction, avg, avg_tensor)
+    return _BinaryKL.apply(
+        backend, student, teacher, temperature, in_arithmetic(weight, student), reduction, avg, avg_tensor
+    )
 
 
 class BinaryKLLoss(LossModule):

@@ -59,6 +59,7 @@ class _BoundedRegression(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx,
+        backend,
         student,
         teacher,
         target,
@@ -74,7 +75,7 @@ class _BoundedRegression(torch.autograd.Function):
         avg,
         avg_tensor,
     ):
-        loss, derivative = _forward(
+        loss, derivative = _forward[backend](
             student,
             teacher,
             target,
@@ -91,6 +92,7 @@ class _BoundedRegression(torch.autograd.Function):
             avg_tensor,
         )
         ops.save(ctx, student, teacher, target, derivative, bw_tensor, sw_tensor, weight, avg_tensor)
+        ctx.backend = backend
         ctx.options = (margin, bw, sw, beta, gate, reduction, avg)
         return loss
 
@@ -115,9 +117,9 @@ class _BoundedRegression(torch.autograd.Function):
                 reduction=reduction,
                 avg_factor=saved_scalar(avg, avg_tensor),
             ),
-            lambda upstream, per_row: _backward(upstream, student, derivative, per_row),
+            lambda upstream, per_row: _backward[ctx.backend](upstream, student, derivative, per_row),
         )
-        return (grad,) + (None,) * 13
+        return (None, grad) + (None,) * 13
 
 
 def bounded_regression_loss(
@@ -189,7 +191,8 @@ def bounded_regression_loss(
     check_choice("reduction", reduction, tuple(_REDUCTIONS))
     avg, avg_tensor = check_average(avg_factor, reduction, student)
     differentiable = needs_formula(weight, bound_weight, smooth_l1_weight, avg_factor)
-    if ops.backend_for("bounded_regression", student, teacher, differentiable=differentiable) == "reference":
+    backend = ops.backend_for("bounded_regression", student, teacher, differentiable=differentiable)
+    if backend == "reference":
         return ops.run_formula(
             formula,
             student,
@@ -205,6 +208,7 @@ def bounded_regression_loss(
             avg_factor=avg_factor,
         )
     return _BoundedRegression.apply(
+        backend,
         student,
         teacher,
         target,

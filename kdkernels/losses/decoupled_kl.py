@@ -52,11 +52,12 @@ _backward = ops.define(
 
 class _DecoupledKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student, teacher, foreground, fw, fw_tensor, bw, bw_tensor, ft, bt, weight, reduction):
-        loss, statistics = _forward(
+    def forward(ctx, backend, student, teacher, foreground, fw, fw_tensor, bw, bw_tensor, ft, bt, weight, reduction):
+        loss, statistics = _forward[backend](
             student, teacher, foreground, fw, fw_tensor, bw, bw_tensor, ft, bt, weight, _REDUCTIONS[reduction]
         )
         ops.save(ctx, student, teacher, statistics, foreground, fw_tensor, bw_tensor, weight)
+        ctx.backend = backend
         ctx.options = (fw, bw, ft, bt, reduction)
         return loss
 
@@ -79,9 +80,9 @@ class _DecoupledKL(torch.autograd.Function):
                 weight=weight,
                 reduction=reduction,
             ),
-            lambda upstream, per_row: _backward(upstream, student, teacher, statistics, per_row),
+            lambda upstream, per_row: _backward[ctx.backend](upstream, student, teacher, statistics, per_row),
         )
-        return (grad,) + (None,) * 10
+        return (None, grad) + (None,) * 10
 
 
 def decoupled_kl_loss(
@@ -144,7 +145,8 @@ def decoupled_kl_loss(
     bt = check_positive("background_temperature", background_temperature)
     check_choice("reduction", reduction, tuple(_REDUCTIONS))
     differentiable = needs_formula(weight, foreground_weight, background_weight)
-    if ops.backend_for("decoupled_kl", student, teacher, differentiable=differentiable) == "reference":
+    backend = ops.backend_for("decoupled_kl", student, teacher, differentiable=differentiable)
+    if backend == "reference":
         return ops.run_formula(
             formula,
             student,
@@ -158,6 +160,7 @@ def decoupled_kl_loss(
             reduction=reduction,
         )
     return _DecoupledKL.apply(
+        backend,
         student,
         teacher,
         foreground.contiguous(),

@@ -53,9 +53,9 @@ _backward = ops.define(
 class _MaskedMSE(torch.autograd.Function):
     # Levels travel flat: autograd would lose the gradient of tensors inside a list.
     @staticmethod
-    def forward(ctx, fw, fw_tensor, bw, bw_tensor, normalizer, level_reduction, levels, *tensors):
+    def forward(ctx, backend, fw, fw_tensor, bw, bw_tensor, normalizer, level_reduction, levels, *tensors):
         students, teachers, masks = tensors[:levels], tensors[levels : 2 * levels], tensors[2 * levels :]
-        loss, scales = _forward(
+        loss, scales = _forward[backend](
             students,
             teachers,
             masks,
@@ -67,6 +67,7 @@ class _MaskedMSE(torch.autograd.Function):
             level_reduction == "mean",
         )
         ops.save(ctx, *tensors, scales, fw_tensor, bw_tensor)
+        ctx.backend = backend
         ctx.options = (fw, bw, normalizer, level_reduction, levels)
         return loss
 
@@ -75,7 +76,7 @@ class _MaskedMSE(torch.autograd.Function):
         *tensors, scales, fw_tensor, bw_tensor = ops.saved(ctx)
         fw, bw, normalizer, level_reduction, levels = ctx.options
         students, teachers, masks = tensors[:levels], tensors[levels : 2 * levels], tensors[2 * levels :]
-        wanted = [i for i in range(levels) if ctx.needs_input_grad[7 + i]]
+        wanted = [i for i in range(levels) if ctx.needs_input_grad[8 + i]]
         grads: list[Tensor | None] = [None] * levels
         if torch.is_grad_enabled():  # create_graph=True: the formula's gradient can be differentiated again
             found = ops.gradients_of_formula(
@@ -93,7 +94,7 @@ class _MaskedMSE(torch.autograd.Function):
                 grad_loss,
             )
         else:
-            found = _backward(
+            found = _backward[ctx.backend](
                 grad_loss,
                 [students[i] for i in wanted],
                 [teachers[i] for i in wanted],
@@ -103,7 +104,7 @@ class _MaskedMSE(torch.autograd.Function):
             )
         for i, grad in zip(wanted, found):
             grads[i] = grad
-        return (None,) * 7 + tuple(grads) + (None,) * (2 * levels)
+        return (None,) * 8 + tuple(grads) + (None,) * (2 * levels)
 
 
 def _check_mask(i: int, mask: Tensor, student: Tensor) -> Tensor:
@@ -192,7 +193,8 @@ def masked_mse_loss(
     differentiable = needs_formula(foreground_weight, background_weight)
     backends = {ops.backend_for("masked_mse", s, t, differentiable=differentiable) for s, t in zip(students, teachers)}
     mixed = len({arithmetic_dtype(s) for s in students}) > 1
-    if backends == {"reference"} or len(backends) > 1 or mixed:
+    backend = backends.pop()
+    if backend == "reference" or backends or mixed:
         return ops.run_formula(
             formula,
             students,
@@ -205,7 +207,7 @@ def masked_mse_loss(
         )
     masks = [in_arithmetic(m, first) for m in masks]
     return _MaskedMSE.apply(
-        fw, fw_tensor, bw, bw_tensor, normalizer, level_reduction, len(students), *students, *teachers, *masks
+        backend, fw, fw_tensor, bw, bw_tensor, normalizer, level_reduction, len(students), *students, *teachers, *masks
     )
 
 

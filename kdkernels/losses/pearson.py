@@ -39,10 +39,11 @@ _backward = ops.define(
 class _Pearson(torch.autograd.Function):
     # Levels travel flat: autograd would lose the gradient of tensors inside a list.
     @staticmethod
-    def forward(ctx, eps, level_reduction, on_constant, levels, *tensors):
+    def forward(ctx, backend, eps, level_reduction, on_constant, levels, *tensors):
         students, teachers = tensors[:levels], tensors[levels:]
-        loss, statistics = _forward(students, teachers, eps, level_reduction == "mean", on_constant == "zero")
+        loss, statistics = _forward[backend](students, teachers, eps, level_reduction == "mean", on_constant == "zero")
         ops.save(ctx, *tensors, statistics)
+        ctx.backend = backend
         ctx.options = (eps, level_reduction, on_constant, levels)
         return loss
 
@@ -51,7 +52,7 @@ class _Pearson(torch.autograd.Function):
         *tensors, statistics = ops.saved(ctx)
         eps, level_reduction, on_constant, levels = ctx.options
         students, teachers = tensors[:levels], tensors[levels:]
-        wanted = [i for i in range(levels) if ctx.needs_input_grad[4 + i]]
+        wanted = [i for i in range(levels) if ctx.needs_input_grad[5 + i]]
         grads: list[Tensor | None] = [None] * levels
         if torch.is_grad_enabled():  # create_graph=True: the formula's gradient can be differentiated again
             found = ops.gradients_of_formula(
@@ -63,12 +64,12 @@ class _Pearson(torch.autograd.Function):
             )
         else:
             first_channel = [sum(s.shape[1] for s in students[:i]) for i in wanted]
-            found = _backward(
+            found = _backward[ctx.backend](
                 grad_loss, [students[i] for i in wanted], [teachers[i] for i in wanted], statistics, first_channel
             )
         for i, grad in zip(wanted, found):
             grads[i] = grad
-        return (None,) * 4 + tuple(grads) + (None,) * levels
+        return (None,) * 5 + tuple(grads) + (None,) * levels
 
 
 def pearson_loss(
@@ -135,11 +136,12 @@ def pearson_loss(
 
     backends = {ops.backend_for("pearson", s, t) for s, t in zip(students, teachers)}
     mixed = len({arithmetic_dtype(s) for s in students}) > 1
-    if backends == {"reference"} or len(backends) > 1 or mixed:
+    backend = backends.pop()
+    if backend == "reference" or backends or mixed:
         return ops.run_formula(
             formula, students, teachers, eps=eps, level_reduction=level_reduction, on_constant=on_constant
         )
-    return _Pearson.apply(eps, level_reduction, on_constant, len(students), *students, *teachers)
+    return _Pearson.apply(backend, eps, level_reduction, on_constant, len(students), *students, *teachers)
 
 
 class PearsonLoss(LossModule):

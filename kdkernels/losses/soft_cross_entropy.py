@@ -59,6 +59,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx,
+        backend,
         student,
         teacher,
         class_weight,
@@ -72,7 +73,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
         avg,
         avg_tensor,
     ):
-        loss, statistics = _forward(
+        loss, statistics = _forward[backend](
             student,
             teacher,
             class_weight,
@@ -87,6 +88,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
             avg_tensor,
         )
         ops.save(ctx, student, teacher, statistics, class_weight, target, hard_tensor, weight, avg_tensor)
+        ctx.backend = backend
         ctx.options = (temperature, hard, ignore, reduction, avg)
         return loss
 
@@ -110,11 +112,11 @@ class _SoftCrossEntropy(torch.autograd.Function):
                 reduction=reduction,
                 avg_factor=saved_scalar(avg, avg_tensor),
             ),
-            lambda upstream, per_row: _backward(
+            lambda upstream, per_row: _backward[ctx.backend](
                 upstream, student, teacher, class_weight, temperature, target, statistics, per_row
             ),
         )
-        return (grad,) + (None,) * 11
+        return (None, grad) + (None,) * 11
 
 
 def _check_class_weight(class_weight: Tensor | None, student: Tensor) -> None:
@@ -203,7 +205,8 @@ def soft_cross_entropy_loss(
     check_choice("reduction", reduction, tuple(_REDUCTIONS))
     avg, avg_tensor = check_average(avg_factor, reduction, student)
     differentiable = needs_formula(weight, class_weight, hard_weight, avg_factor)
-    if ops.backend_for("soft_cross_entropy", student, teacher, differentiable=differentiable) == "reference":
+    backend = ops.backend_for("soft_cross_entropy", student, teacher, differentiable=differentiable)
+    if backend == "reference":
         return ops.run_formula(
             formula,
             student,
@@ -218,6 +221,7 @@ def soft_cross_entropy_loss(
             avg_factor=avg_factor,
         )
     return _SoftCrossEntropy.apply(
+        backend,
         student,
         teacher,
         in_arithmetic(class_weight, student),

@@ -51,9 +51,12 @@ _backward = ops.define(
 
 class _TemperatureKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student, teacher, temperature, weight, reduction, avg, avg_tensor):
-        loss, statistics = _forward(student, teacher, temperature, weight, _REDUCTIONS[reduction], avg, avg_tensor)
+    def forward(ctx, backend, student, teacher, temperature, weight, reduction, avg, avg_tensor):
+        loss, statistics = _forward[backend](
+            student, teacher, temperature, weight, _REDUCTIONS[reduction], avg, avg_tensor
+        )
         ops.save(ctx, student, teacher, statistics, weight, avg_tensor)
+        ctx.backend = backend
         ctx.options = (temperature, reduction, avg)
         return loss
 
@@ -73,9 +76,9 @@ class _TemperatureKL(torch.autograd.Function):
                 reduction=reduction,
                 avg_factor=saved_scalar(avg, avg_tensor),
             ),
-            lambda upstream, per_row: _backward(upstream, student, teacher, statistics, per_row),
+            lambda upstream, per_row: _backward[ctx.backend](upstream, student, teacher, statistics, per_row),
         )
-        return grad, None, None, None, None, None, None
+        return None, grad, None, None, None, None, None, None
 
 
 def temperature_kl_loss(
@@ -125,10 +128,8 @@ def temperature_kl_loss(
     temperature = check_positive("temperature", temperature)
     check_choice("reduction", reduction, tuple(_REDUCTIONS))
     avg, avg_tensor = check_average(avg_factor, reduction, student)
-    if (
-        ops.backend_for("temperature_kl", student, teacher, differentiable=needs_formula(weight, avg_factor))
-        == "reference"
-    ):
+    backend = ops.backend_for("temperature_kl", student, teacher, differentiable=needs_formula(weight, avg_factor))
+    if backend == "reference":
         return ops.run_formula(
             formula,
             student,
@@ -139,7 +140,7 @@ def temperature_kl_loss(
             avg_factor=avg_factor,
         )
     return _TemperatureKL.apply(
-        student, teacher, temperature, in_arithmetic(weight, student), reduction, avg, avg_tensor
+        backend, student, teacher, temperature, in_arithmetic(weight, student), reduction, avg, avg_tensor
     )
 
 

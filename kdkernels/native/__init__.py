@@ -35,7 +35,7 @@ class Status:
     reason: str = "not needed yet"
 
 
-_status = {"cpu": Status()}
+_status = {"cpu": Status(), "cuda": Status("failed", None, "no CUDA kernels in this build")}
 _handle: dict[str, ctypes.CDLL] = {}
 # Read inside traced code, hence apart from the status: it changes only if loading fails after a good forecast.
 cpu_failed = False
@@ -57,6 +57,11 @@ def _obstacle() -> str | None:
 
 
 cpu_expected = _obstacle() is None
+
+
+def expected(name: str) -> bool:
+    """Whether `load(name)` will succeed, as far as can be told without building; a trace relies on it."""
+    return name == "cpu" and cpu_expected and not cpu_failed
 
 
 def forecast() -> str:
