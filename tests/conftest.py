@@ -14,6 +14,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when it is imported
 
+import emulator_library
+
 import kdkernels as kd
 from kdkernels import native, ops
 
@@ -39,7 +41,7 @@ def reproducible():
 
 
 # float64 on a GPU is the formula's: its kernels take no part in those cases.
-GPU_KERNELS = ("triton",)
+GPU_KERNELS = ("cuda", "triton")
 
 
 def _skip_float64(loss, student, teacher, **options):
@@ -54,14 +56,20 @@ _backend_for = ops.backend_for
 @pytest.fixture(params=["base", "avx2", "avx512", "reference", *GPU_KERNELS])
 def backend(request, monkeypatch):
     """Every implementation that runs on the CPU: the kernels at each instruction set, the formula, and the GPU's
-    kernels without a GPU: Triton's in its interpreter.
+    kernels without a GPU: CUDA's in the emulator, Triton's in its interpreter.
     """
     if request.param == "reference":
         with kd.use_backend("reference"):
             yield request.param
         return
     if request.param in GPU_KERNELS:
-        pytest.importorskip(request.param)
+        if request.param == "triton":
+            pytest.importorskip("triton")
+        else:
+            emulator_library.load()
+            for name, served in ops.OPS.items():
+                monkeypatch.setitem(served, "cuda", emulator_library.op(name))
+            monkeypatch.setattr(ops, "_obstacle", lambda backend: None)
         monkeypatch.setitem(ops.DEVICES, request.param, "cpu")
         monkeypatch.setattr(ops, "_order", lambda loss, student: (request.param,))
         monkeypatch.setattr(ops, "backend_for", _skip_float64)

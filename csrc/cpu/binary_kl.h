@@ -2,7 +2,7 @@
 #pragma once
 
 #include "capability.h"
-#include "row_options.h"
+#include "../arguments.h"
 
 // coefficients: one per row. grad_loss: one number, or one per row.
 KD_KERNEL(binary_kl_forward,

@@ -11,7 +11,7 @@
 #include <immintrin.h>
 #endif
 
-#include "tensor.h"
+#include "../arguments.h"
 #include "vec.h"
 
 KD_NAMESPACE_BEGIN

@@ -2,18 +2,7 @@
 #pragma once
 
 #include "capability.h"
-#include "row_options.h"
-
-namespace kdkernels {
-
-struct BoundedRegressionOptions {
-  double margin, beta;
-  DeviceScalar bound_weight, smooth_l1_weight;
-  int gate;  // math/bounded_regression.h: Gate
-  RowReduction reduction;
-};
-
-}  // namespace kdkernels
+#include "../arguments.h"
 
 // pair: student and teacher, four columns; target likewise. derivative: (rows, 4), d loss / d student but for the
 // upstream gradient.

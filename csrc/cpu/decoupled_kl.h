@@ -2,18 +2,7 @@
 #pragma once
 
 #include "capability.h"
-#include "row_options.h"
-
-namespace kdkernels {
-
-struct DecoupledKlOptions {
-  DeviceScalar foreground_weight, background_weight;
-  double foreground_temperature, background_temperature;
-  const bool* foreground;  // one per row, contiguous
-  int reduction;           // RowReduction: none, sum, or mean_rows for each region divided by its own rows
-};
-
-}  // namespace kdkernels
+#include "../arguments.h"
 
 // statistics: (rows, 6), see kl_rows.h. grad_loss: one number, or one per row.
 KD_KERNEL(decoupled_kl_forward,

@@ -2,17 +2,7 @@
 #pragma once
 
 #include "capability.h"
-#include "tensor.h"
-
-namespace kdkernels {
-
-struct MaskedMseOptions {
-  DeviceScalar foreground_weight, background_weight;
-  int normalizer;  // math/masked_mse.h: Normalizer
-  bool mean_levels;
-};
-
-}  // namespace kdkernels
+#include "../arguments.h"
 
 // `wide`: arithmetic, loss and scales in double. `scales` receives two gradient scales per level.
 KD_KERNEL(masked_mse_forward,

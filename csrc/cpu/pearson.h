@@ -2,16 +2,7 @@
 #pragma once
 
 #include "capability.h"
-#include "tensor.h"
-
-namespace kdkernels {
-
-struct PearsonOptions {
-  double eps;
-  bool mean_levels, zero_on_constant;
-};
-
-}  // namespace kdkernels
+#include "../arguments.h"
 
 // statistics: (channels of all levels, 8), see pearson.cpp; the backward gets one level's rows.
 KD_KERNEL(pearson_forward,

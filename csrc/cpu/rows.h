@@ -4,7 +4,7 @@
 #include <stdlib.h>
 
 #include "block.h"
-#include "row_options.h"
+#include "../arguments.h"
 
 KD_NAMESPACE_BEGIN
 

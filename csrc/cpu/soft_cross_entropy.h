@@ -2,20 +2,7 @@
 #pragma once
 
 #include "capability.h"
-#include "row_options.h"
-
-namespace kdkernels {
-
-struct SoftCrossEntropyOptions {
-  double temperature;
-  const void* class_weight;  // one per class, contiguous, in the type of the arithmetic; or null
-  const int64_t* target;     // one per row, contiguous; or null
-  DeviceScalar hard_weight;
-  int64_t ignore_index;
-  RowReduction reduction;
-};
-
-}  // namespace kdkernels
+#include "../arguments.h"
 
 // statistics: (rows, 8), see soft_cross_entropy.cpp. grad_loss: one number, or one per row.
 KD_KERNEL(soft_cross_entropy_forward,

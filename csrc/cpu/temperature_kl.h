@@ -2,7 +2,7 @@
 #pragma once
 
 #include "capability.h"
-#include "row_options.h"
+#include "../arguments.h"
 
 // statistics: (rows, 6), see kl_rows.h. grad_loss: one number, or one per row.
 KD_KERNEL(temperature_kl_forward,

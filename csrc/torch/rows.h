@@ -3,7 +3,7 @@
 
 #include "tensors.h"
 
-#include "../cpu/row_options.h"
+#include "../arguments.h"
 
 namespace kdkernels {
 

@@ -1,4 +1,4 @@
-// From PyTorch's tensors (stable ABI) to the plain views of cpu/tensor.h. Arguments were checked in Python; the checks
+// From PyTorch's tensors (stable ABI) to the plain views of arguments.h. Arguments were checked in Python; the checks
 // here are the last line before memory is touched, and hold whatever calls the operator directly.
 #pragma once
 
@@ -12,7 +12,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include "../cpu/tensor.h"
+#include "../arguments.h"
 
 namespace kdkernels {
 

@@ -19,7 +19,7 @@ Scalar = float | Tensor
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-# csrc/cpu/row_options.h: RowReduction. What "mean" divides by depends on the loss.
+# csrc/arguments.h: RowReduction. What "mean" divides by depends on the loss.
 NONE, SUM, MEAN_OF_ROWS, MEAN_OF_ELEMENTS = range(4)
 
 

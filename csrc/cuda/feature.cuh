@@ -1,0 +1,233 @@
+// How a kernel walks over the levels of a pyramid: all of them in one launch, described by a table that travels by
+// value.
+//
+// A level is a set of lines of neighbouring elements. NCHW, and any other strides: a line is one channel's pixels (a
+// row of them where rows do not follow each other); lines of one picture share the mask. channels_last: a line is one
+// pixel's channels. A block has a tile: a range of a line's elements, for a range of lines. Vectors are aligned to the
+// line's own addresses, so that odd sizes cost a peeled head and tail, never the wide access.
+#pragma once
+
+#include "primitives.cuh"
+
+KD_NAMESPACE_BEGIN
+
+constexpr int feature_threads = 256;
+// Elements of a line per tile: with a peeled head and tail, one vector per thread.
+constexpr int tile_width = (feature_threads - 2) * vector_size;
+// Elements per block, about: enough to make the mask's tile and the block's partial results a small part of the bytes.
+constexpr int64_t tile_elements = 32768;
+
+struct FeatureSegment {
+  FeatureView student, teacher, grad;
+  const float* mask;
+  int64_t outer;  // pictures (times rows): the sets of lines that share a mask. 1 for channels_last
+  int64_t lines;  // per outer: channels; for channels_last the pixels of all pictures
+  int length;     // elements per line
+  int height, width;
+  int line_step;        // lines that a block works on at once
+  int lines_per_block;  // a multiple of line_step, or all
+  bool channels_inner;
+  bool rows_merge;      // NCHW: a line is all pixels of a channel, not one row
+  int tiles;            // per line
+  int64_t groups;       // of lines
+  int64_t first_block;  // of the launch
+  int level;            // index among the caller's levels
+
+  int64_t blocks() const { return outer * groups * tiles; }
+};
+
+constexpr int max_segments = 12;  // a table stays below the 4 KB of kernel arguments that every driver takes
+struct FeatureTable {
+  int count;
+  int64_t blocks;
+  FeatureSegment segment[max_segments];
+};
+static_assert(sizeof(FeatureTable) < 4000, "leaves room for a kernel's other arguments");
+
+// Host: the plan of one level. No blocks where it is empty.
+inline FeatureSegment plan_segment(const FeatureLevel& level, int index) {
+  FeatureSegment s{};
+  s.student = level.student;
+  s.teacher = level.teacher;
+  s.grad = level.grad;
+  s.mask = static_cast<const float*>(level.mask);
+  s.level = index;
+  s.height = int(level.h);
+  s.width = int(level.w);
+  const auto inner = [](const FeatureView& v) { return v.stride[1] == 1 && v.stride[3] != 1; };
+  const auto merges = [&](const FeatureView& v) {
+    return !v.data || level.h <= 1 || v.stride[2] == level.w * v.stride[3];
+  };
+  s.channels_inner = inner(level.student);
+  s.rows_merge = merges(level.student) && merges(level.teacher) && merges(level.grad);
+  if (s.channels_inner) {
+    s.outer = 1;
+    s.lines = level.n * level.h * level.w;
+    s.length = int(level.c);
+  } else {
+    s.outer = s.rows_merge ? level.n : level.n * level.h;
+    s.lines = level.c;
+    s.length = int(s.rows_merge ? level.h * level.w : level.w);
+  }
+  if (level.n * level.c * level.h * level.w == 0) return s;
+  s.tiles = (s.length + tile_width - 1) / tile_width;
+  const int width = s.length < tile_width ? s.length : tile_width;
+  const int vectors = (width + vector_size - 1) / vector_size + 1;  // a line may begin inside a vector
+  s.line_step = feature_threads / (vectors < feature_threads ? vectors : feature_threads);
+  const int64_t wanted = (tile_elements / width + s.line_step - 1) / s.line_step * s.line_step;
+  s.lines_per_block = int(wanted < s.line_step ? s.line_step : wanted);
+  s.groups = (s.lines + s.lines_per_block - 1) / s.lines_per_block;
+  return s;
+}
+
+// Host: whether kernels exist for these element types.
+constexpr bool pair_served(Dtype student, Dtype teacher) {
+  return student != Dtype::float64 && (teacher == student || teacher == Dtype::float32);
+}
+
+// Host: calls body(S(), T()) with the element types of a pair.
+template <class F>
+const char* with_types(Dtype student, Dtype teacher, const F& body) {
+  if (!pair_served(student, teacher)) return "no kernel for this pair of dtypes";
+  const bool same = student == teacher;
+  switch (student) {
+    case Dtype::bfloat16:
+      return same ? body(BFloat16(), BFloat16()) : body(BFloat16(), float());
+    case Dtype::float16:
+      return same ? body(Half(), Half()) : body(Half(), float());
+    default:
+      return body(float(), float());
+  }
+}
+
+// Host: calls body(S(), T(), table) until each level that is not empty was in a table. Levels of one table have the
+// same element types.
+template <class F>
+const char* for_each_table(const FeatureLevel* levels, int count, const F& body) {
+  const Dtype types[] = {Dtype::float32, Dtype::bfloat16, Dtype::float16};
+  for (const Dtype student : types) {
+    for (const Dtype teacher : types) {
+      int next = 0;
+      while (next < count) {
+        FeatureTable table{};
+        for (; next < count && table.count < max_segments; ++next) {
+          const FeatureLevel& level = levels[next];
+          if (level.student.dtype != student || level.teacher.dtype != teacher) continue;
+          FeatureSegment segment = plan_segment(level, next);
+          if (segment.blocks() == 0) continue;
+          segment.first_block = table.blocks;
+          table.blocks += segment.blocks();
+          table.segment[table.count++] = segment;
+        }
+        if (table.count == 0) continue;
+        const char* error = with_types(student, teacher, [&](auto s, auto t) { return body(s, t, table); });
+        if (error) return error;
+      }
+    }
+  }
+  return nullptr;
+}
+
+// Where a block works.
+struct Tile {
+  const FeatureSegment* segment;
+  int64_t block;  // within the segment
+  int64_t outer, first_line, last_line;
+  int begin, end;  // elements of each line
+  int lane, line;  // of this thread: its vector in the line, its line among line_step
+};
+
+KD_DEVICE Tile find_tile(const FeatureTable& table) {
+  int index = 0;
+  while (index + 1 < table.count && table.segment[index + 1].first_block <= block_index()) ++index;
+  const FeatureSegment& s = table.segment[index];
+  Tile tile;
+  tile.segment = &s;
+  tile.block = block_index() - s.first_block;
+  const int64_t group = tile.block % s.groups, rest = tile.block / s.groups;
+  const int column = int(rest % s.tiles);
+  tile.outer = rest / s.tiles;
+  tile.first_line = group * s.lines_per_block;
+  tile.last_line = tile.first_line + s.lines_per_block;
+  if (tile.last_line > s.lines) tile.last_line = s.lines;
+  tile.begin = column * tile_width;
+  tile.end = tile.begin + tile_width < s.length ? tile.begin + tile_width : s.length;
+  const int lanes = feature_threads / s.line_step;
+  tile.lane = thread_index() % lanes;
+  tile.line = thread_index() / lanes;
+  return tile;
+}
+
+// One tensor's side of a segment, for elements of type S.
+template <class S>
+struct Lines {
+  S* data;  // of the outer's line 0
+  int64_t line_stride, step;
+
+  KD_DEVICE Lines(const FeatureSegment& s, const FeatureView& view, int64_t outer) {
+    data = reinterpret_cast<S*>(view.data);
+    if (s.channels_inner) {
+      line_stride = 0;  // of_pixel() instead
+      step = view.stride[1];
+    } else {
+      const int64_t n = s.rows_merge ? outer : outer / s.height, y = s.rows_merge ? 0 : outer % s.height;
+      data += n * view.stride[0] + y * view.stride[2];
+      line_stride = view.stride[1];
+      step = view.stride[3];
+    }
+  }
+  KD_DEVICE S* line(const FeatureSegment& s, const FeatureView& view, int64_t index) const {
+    if (!s.channels_inner) return data + index * line_stride;
+    const int64_t pixels = int64_t(s.height) * s.width, n = index / pixels, pixel = index % pixels;
+    return data + n * view.stride[0] + pixel / s.width * view.stride[2] + pixel % s.width * view.stride[3];
+  }
+};
+
+// Up to vector_size neighbouring elements of a line, [first + begin, first + end). Whole pieces of lines whose elements
+// follow each other are vectors.
+struct Piece {
+  int first, begin, end;
+
+  KD_DEVICE bool any() const { return begin < end; }
+  KD_DEVICE bool whole() const { return begin == 0 && end == vector_size; }
+};
+
+template <class S>
+KD_DEVICE bool aligned(const S* line, int64_t step, int first) {
+  return step == 1 && (reinterpret_cast<uintptr_t>(line) + uintptr_t(int64_t(first) * int64_t(sizeof(S)))) % 16 == 0;
+}
+
+// The piece of a thread in a line: pieces are laid so that `line` is aligned at their first elements.
+template <class S>
+KD_DEVICE Piece piece_of(const Tile& tile, const S* line) {
+  const int64_t address = int64_t(reinterpret_cast<uintptr_t>(line) / sizeof(S)) + tile.begin;
+  const int ahead = int(address % vector_size);  // elements of the first vector that lie before the tile
+  Piece p;
+  p.first = tile.begin - ahead + tile.lane * vector_size;
+  p.begin = p.first < tile.begin ? tile.begin - p.first : 0;
+  p.end = tile.end - p.first < vector_size ? tile.end - p.first : vector_size;
+  return p;
+}
+
+template <class S>
+KD_DEVICE Vector load_piece(const S* line, int64_t step, const Piece& p) {
+  if (p.whole() && aligned(line, step, p.first)) return load_vector(line + p.first);
+  Vector v;
+  KD_UNROLL for (int i = 0; i < vector_size; ++i) {
+    v.x[i] = i >= p.begin && i < p.end ? to_float(line[(p.first + i) * step]) : 0.0f;
+  }
+  return v;
+}
+
+template <class S>
+KD_DEVICE void store_piece(S* line, int64_t step, const Piece& p, const Vector& v) {
+  if (p.whole() && aligned(line, step, p.first)) {
+    store_vector(line + p.first, v);
+    return;
+  }
+  KD_UNROLL for (int i = 0; i < vector_size; ++i) {
+    if (i >= p.begin && i < p.end) line[(p.first + i) * step] = from_float<S>(v.x[i]);
+  }
+}
+
+KD_NAMESPACE_END
