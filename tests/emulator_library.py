@@ -1,7 +1,7 @@
 """Builds csrc/cuda for the host with tests/emulator, and registers it as ops on the CPU's tensors.
 
-The ops are `kdkernels_emulator::<name>`, with the schemas of the real ones. `load(sanitize=True)` is for a process
-that was started with the sanitizer's runtime (test_emulator.py does that).
+The ops are `kdkernels_emulator::<name>`, with the schemas of the real ones. KDKERNELS_EMULATOR_SANITIZE=1 is for a
+process that was started with the sanitizers' runtime (test_emulator.py does that).
 """
 
 from __future__ import annotations
@@ -87,9 +87,9 @@ def build(sanitize: bool = False, csrc: Path | None = None) -> Path:
 
 
 @functools.cache
-def load(sanitize: bool = False) -> ctypes.CDLL:
+def load() -> ctypes.CDLL:
     """Registers the emulated kernels once per process; the handle has kdkernels_emulator_seed and _capability."""
-    path = build(sanitize)
+    path = build(sanitize=os.environ.get("KDKERNELS_EMULATOR_SANITIZE") == "1")
     library = torch.library.Library("kdkernels_emulator", "FRAGMENT")
     for served in ops.OPS.values():
         schema = str(served["cpu"]._schema).split("::")[1].replace(".default", "")
