@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when it is imported
 
 import emulator_library
+import on_gpu
 
 import kdkernels as kd
 from kdkernels import native, ops
@@ -55,8 +56,8 @@ _backend_for = ops.backend_for
 
 @pytest.fixture(params=["base", "avx2", "avx512", "reference", *GPU_KERNELS])
 def backend(request, monkeypatch):
-    """Every implementation that runs on the CPU: the kernels at each instruction set, the formula, and the GPU's
-    kernels without a GPU: CUDA's in the emulator, Triton's in its interpreter.
+    """Every implementation: the CPU's kernels at each instruction set, the formula, and the GPU's kernels. Those run on
+    the GPU where there is one, else CUDA's in the emulator and Triton's in its interpreter.
     """
     if request.param == "reference":
         with kd.use_backend("reference"):
@@ -65,11 +66,15 @@ def backend(request, monkeypatch):
     if request.param in GPU_KERNELS:
         if request.param == "triton":
             pytest.importorskip("triton")
-        else:
+        if torch.cuda.is_available():
+            assert request.param == "triton" or native.load("cuda"), native.status("cuda").reason
+            for served in ops.OPS.values():
+                monkeypatch.setitem(served, request.param, on_gpu.remote(served[request.param]))
+        elif request.param == "cuda":
             emulator_library.load()
             for name, served in ops.OPS.items():
                 monkeypatch.setitem(served, "cuda", emulator_library.op(name))
-            monkeypatch.setattr(ops, "_obstacle", lambda backend: None)
+        monkeypatch.setattr(ops, "_obstacle", lambda backend: None)
         monkeypatch.setitem(ops.DEVICES, request.param, "cpu")
         monkeypatch.setattr(ops, "_order", lambda loss, student: (request.param,))
         monkeypatch.setattr(ops, "backend_for", _skip_float64)

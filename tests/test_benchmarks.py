@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -199,3 +200,33 @@ def test_script_with_every_provider():
     )
     assert done.returncode == 0, done.stderr
     assert "| compiled default" in done.stdout and "| ours" in done.stdout and "| eager" in done.stdout
+
+
+def test_the_gpu_script_in_small(bench, capsys):
+    """Every loss through benchmarks/gpu.py, on the CPU where there is no GPU: it runs, and refuses nobody."""
+    assert bench("gpu").main(["--smoke", "--no-compile", "--dtype", "float32"]) == 0
+    said = capsys.readouterr()
+    assert "REFUSED" not in said.err and "not timed" not in said.err
+    lines = [line for line in said.out.splitlines() if line.startswith("|")]
+    losses = {line.split("|")[1].strip() for line in lines[2:]}
+    assert losses == set(bench("run").LOSSES)
+    assert all(any(f"| {loss}" in line and "ours" in line for line in lines) for loss in losses)
+
+
+def test_the_gpu_script_needs_a_gpu(bench, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert bench("gpu").main([]) == 2 and "no GPU" in capsys.readouterr().err
+
+
+def test_gpu_check_resumes(tmp_path):
+    """A stage that passed is marked and not run again; one that failed is run again, and the status says so."""
+
+    def check(python: str, *stages: str) -> subprocess.CompletedProcess:
+        command = ["bash", str(FOLDER / "gpu_check.sh"), str(tmp_path / "results"), *stages]
+        return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHON": python})
+
+    assert check("true", "gpu").returncode == 0
+    failed = check("false", "gpu", "bench")
+    assert failed.returncode == 1 and "gpu: passed before" in failed.stdout and "bench: FAILED" in failed.stdout
+    assert check("true", "gpu", "bench").returncode == 0
