@@ -7,6 +7,7 @@
 // line's own addresses, so that odd sizes cost a peeled head and tail, never the wide access.
 #pragma once
 
+#include "pairs.cuh"
 #include "primitives.cuh"
 
 KD_NAMESPACE_BEGIN
@@ -78,26 +79,6 @@ inline FeatureSegment plan_segment(const FeatureLevel& level, int index) {
   s.lines_per_block = int(wanted < s.line_step ? s.line_step : wanted);
   s.groups = (s.lines + s.lines_per_block - 1) / s.lines_per_block;
   return s;
-}
-
-// Host: whether kernels exist for these element types.
-constexpr bool pair_served(Dtype student, Dtype teacher) {
-  return student != Dtype::float64 && (teacher == student || teacher == Dtype::float32);
-}
-
-// Host: calls body(S(), T()) with the element types of a pair.
-template <class F>
-const char* with_types(Dtype student, Dtype teacher, const F& body) {
-  if (!pair_served(student, teacher)) return "no kernel for this pair of dtypes";
-  const bool same = student == teacher;
-  switch (student) {
-    case Dtype::bfloat16:
-      return same ? body(BFloat16(), BFloat16()) : body(BFloat16(), float());
-    case Dtype::float16:
-      return same ? body(Half(), Half()) : body(Half(), float());
-    default:
-      return body(float(), float());
-  }
 }
 
 // Host: calls body(S(), T(), table) until each level that is not empty was in a table. Levels of one table have the
