@@ -26,7 +26,8 @@ FLAGS += ["-DKD_EMULATOR", "-DKD_CAPABILITY=cuda", f"-DTORCH_TARGET_VERSION={bui
 SANITIZE = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 
 
-def _sources() -> list[Path]:
+def sources() -> list[Path]:
+    """What is compiled."""
     csrc = builder.source_directory()
     return [*sorted(csrc.glob("cuda/*.cu")), *sorted(csrc.glob("torch/*_cuda.cpp")), FOLDER / "emulator.cpp"]
 
@@ -74,7 +75,7 @@ def build(sanitize: bool = False, csrc: Path | None = None) -> Path:
         if target.exists():
             return target
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(compile_one, _sources()))
+            objects = list(pool.map(compile_one, sources()))
         fresh = folder / f"fresh-{os.getpid()}.so"
         link = ["-shared", "-o", str(fresh), *map(str, objects), f"-L{torch_folder / 'lib'}", "-Wl,--no-as-needed"]
         libraries = ["-ltorch", "-ltorch_cpu", "-lc10", *(["-fsanitize=address,undefined"] if sanitize else [])]
@@ -89,7 +90,8 @@ def build(sanitize: bool = False, csrc: Path | None = None) -> Path:
 @functools.cache
 def load() -> ctypes.CDLL:
     """Registers the emulated kernels once per process; the handle has kdkernels_emulator_seed and _capability."""
-    path = build(sanitize=os.environ.get("KDKERNELS_EMULATOR_SANITIZE") == "1")
+    given = os.environ.get("KDKERNELS_EMULATOR_LIBRARY")  # one that was built elsewhere: mutants/run.py
+    path = Path(given) if given else build(sanitize=os.environ.get("KDKERNELS_EMULATOR_SANITIZE") == "1")
     library = torch.library.Library("kdkernels_emulator", "FRAGMENT")
     for served in ops.OPS.values():
         schema = str(served["cpu"]._schema).split("::")[1].replace(".default", "")

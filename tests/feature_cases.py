@@ -41,6 +41,7 @@ FEATURE_LAYOUTS: list[tuple[str, Layout, Layout]] = [
     ("every second row", sliced(2, 2, 0), sliced(2, 2, 0)),
     ("columns from 1", sliced(3), sliced(3)),
     ("every second column", sliced(3, 2), contiguous),
+    ("teacher's columns from 1", contiguous, sliced(3)),
     ("every second channel", sliced(1, 2), sliced(1, 3)),
     ("channels_last, channels from 1", channels_last, sliced(1)),
     ("every second picture", sliced(0, 2), sliced(0, 3)),

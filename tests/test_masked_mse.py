@@ -103,6 +103,26 @@ def test_tuples_and_dicts_of_levels(backend):
     assert torch.equal(kd.masked_mse_loss(dicts[0], teachers, masks), expected)
 
 
+def test_more_levels_than_one_launch_takes(backend):
+    """150 levels, the dtype changing from one to the next, some of them empty."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    students, teachers, masks = _levels(*[(1 + i % 2, i % 5, 1 + i % 3, 2) for i in range(150)])
+    students = [s.to(dtypes[i % 3]) for i, s in enumerate(students)]
+    teachers = [t.to(s.dtype) if i % 2 else t for i, (s, t) in enumerate(zip(students, teachers))]
+    check(kd.masked_mse_loss, students, teachers, masks, length=1500, foreground_weight=3.0, background_weight=0.4)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("shape", [(1, 4500, 2, 3), (2, 3, 70, 67), (1, 2, 1, 5000), (1, 2, 5000, 1)])
+def test_long_lines(shape, layout, backend):
+    """More channels, or pixels, than one block takes of a line."""
+    students, teachers, masks = _levels(shape)
+    weights = {"foreground_weight": 3.0, "background_weight": 0.4}
+    check(
+        kd.masked_mse_loss, [layout(students[0])], [layout(teachers[0])], masks, length=students[0].numel(), **weights
+    )
+
+
 @pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("float16", "bfloat16"), ("float32", "float64")])
 def test_levels_of_different_dtypes(dtypes):
     """Each level's gradient has its own dtype; float64 among others takes the formula, and makes the loss float64."""
