@@ -11,7 +11,7 @@ KD_NAMESPACE_BEGIN
 enum KlStatistic : int { kl_shift_s, kl_inverse_s, kl_shift_t, kl_inverse_t, kl_coefficient, kl_k, kl_statistics };
 
 template <class A>
-KD_HD void kl_block(KlState& state, const A* s, const A* t, int n, double k) {
+KD_HD void kl_block(KlState<double>& state, const A* s, const A* t, int n, double k) {
   using V = vec<A>;
   state.raise(maximum_of(s, n), maximum_of(t, n), k);
   const A shift_s = A(state.student.shift()), shift_t = A(state.teacher.shift()), factor = A(k);
@@ -33,8 +33,8 @@ KD_HD void kl_block(KlState& state, const A* s, const A* t, int n, double k) {
 
 // KL of a row that turned out to be close, from its final maxima and the teacher's sum.
 template <class A>
-KD_HD double close_kl_value(const RowPair& pair, const RowReader<A>& s, const RowReader<A>& t, const KlState& state,
-                            double temperature) {
+KD_HD double close_kl_value(const RowPair& pair, const RowReader<A>& s, const RowReader<A>& t,
+                            const KlState<double>& state, double temperature) {
   using V = vec<A>;
   const A shift_s = A(state.student.shift()), shift_t = A(state.teacher.shift());
   // u is the difference of the logits less that of the maxima. Whichever is taken first leaves the other exact: the
@@ -73,7 +73,7 @@ KD_HD double kl_row(const RowPair& pair, int64_t row, double temperature, double
                     A* scratch_t) {
   const RowReader<A> s(pair.student, row, scratch_s), t(pair.teacher, row, scratch_t);
   const double k = log2_e / temperature;
-  KlState state;
+  KlState<double> state;
   for (int64_t column = 0; column < pair.columns; column += block_size) {
     const int n = int(pair.columns - column < block_size ? pair.columns - column : block_size);
     kl_block<A>(state, s.block(column, n), t.block(column, n), n, k);
@@ -93,7 +93,7 @@ KD_HD double kl_row(const RowPair& pair, int64_t row, double temperature, double
   statistics[kl_k] = A(k);
   if (empty) return 0;
   double value = state.value(1 / temperature);
-  if (value < close_kl) value = close_kl_value<A>(pair, s, t, state, temperature);
+  if (value < close_kl<double>) value = close_kl_value<A>(pair, s, t, state, temperature);
   return scale * temperature * temperature * value;
 }
 

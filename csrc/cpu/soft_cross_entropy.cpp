@@ -13,7 +13,8 @@ namespace {
 enum Statistic : int { shift_s, mass_s, shift_t, inverse_t, inverse_hard, soft, hard, alive, statistics_per_row };
 
 template <class A>
-KD_HD void add_block(SoftCrossEntropyState& state, const A* s, const A* t, const A* w, int n, double k, bool separate) {
+KD_HD void add_block(SoftCrossEntropyState<double>& state, const A* s, const A* t, const A* w, int n, double k,
+                     bool separate) {
   using V = vec<A>;
   state.raise(maximum_of(s, n), maximum_of(t, n), k);
   const A from_s = A(state.student.shift()), from_t = A(state.teacher.shift()), factor = A(k);
@@ -51,7 +52,7 @@ double row_loss(const RowPair& pair, const SoftCrossEntropyOptions& options, int
   const RowReader<A> s(pair.student, row, scratch_s), t(pair.teacher, row, scratch_t);
   const A* w = static_cast<const A*>(options.class_weight);
   const double k = log2_e / options.temperature;
-  SoftCrossEntropyState state;
+  SoftCrossEntropyState<double> state;
   for (int64_t column = 0; column < pair.columns; column += block_size) {
     const int n = int(pair.columns - column < block_size ? pair.columns - column : block_size);
     add_block<A>(state, s.block(column, n), t.block(column, n), w ? w + column : nullptr, n, k,

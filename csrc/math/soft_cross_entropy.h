@@ -14,34 +14,35 @@ KD_HD V soft_term(V weighted_exp, V student_shifted) {
   return weighted_exp == constant<V>(0) ? constant<V>(0) : product;
 }
 
+template <class A>
 struct SoftCrossEntropyState {
-  SoftmaxState student, teacher;
-  double dot = 0;       // sum of soft_term
-  double weighted = 0;  // sum of w_c exp(t - max t)
-  double hard_sum = 0;  // sum of exp(s - max s) at T = 1
+  SoftmaxState<A> student, teacher;
+  A dot = 0;       // sum of soft_term
+  A weighted = 0;  // sum of w_c exp(t - max t)
+  A hard_sum = 0;  // sum of exp(s - max s) at T = 1
 
   KD_HD bool empty() const { return student.empty() || teacher.empty(); }
 
-  KD_HD void raise(double student_maximum, double teacher_maximum, double k) {
-    const double old_student = student.maximum;
-    const double old_sum = student.sum;
+  KD_HD void raise(A student_maximum, A teacher_maximum, A k) {
+    const A old_student = student.maximum;
+    const A old_sum = student.sum;
     raise_maximum(student, student_maximum, k);
-    const double factor = raise_maximum(teacher, teacher_maximum, k);
-    const double moved = student.maximum == old_student ? 0 : student.maximum - old_student;
+    const A factor = raise_maximum(teacher, teacher_maximum, k);
+    const A moved = student.maximum == old_student ? A(0) : student.maximum - old_student;
     if (moved != 0) {
-      hard_sum *= old_sum == 0 ? 0.0 : exp2(-moved * log2_e);
+      hard_sum *= old_sum == 0 ? A(0) : A(exp2(-moved * A(log2_e)));
       if (weighted != 0) dot -= weighted * moved;
     }
-    dot = factor == 0 ? 0 : factor * dot;
+    dot = factor == 0 ? A(0) : factor * dot;
     weighted *= factor;
   }
 
-  KD_HD double soft(double inverse_temperature) const {
-    const double mass = weighted == 0 ? 0 : weighted / teacher.sum * log(student.sum);
+  KD_HD A soft(A inverse_temperature) const {
+    const A mass = weighted == 0 ? A(0) : weighted / teacher.sum * A(log(student.sum));
     return mass - dot * inverse_temperature / teacher.sum;
   }
   // `target` is the student's logit of the label.
-  KD_HD double hard(double target) const { return log(hard_sum) - (target - student.shift()); }
+  KD_HD A hard(A target) const { return A(log(hard_sum)) - (target - student.shift()); }
 };
 
 KD_NAMESPACE_END

@@ -38,29 +38,31 @@ KD_HD V close_kl_term(V student_exp, V teacher_exp, V u) {
 
 // Below this the row is summed again as a close one: above, the cancellation costs less than the formula's own
 // rounding.
-constexpr double close_kl = 0.05;
+template <class A>
+constexpr A close_kl = A(sizeof(A) == 4 ? 0.25 : 0.05);
 
+template <class A>
 struct KlState {
-  SoftmaxState student, teacher;
-  double dot = 0;  // sum of kl_term under the current maxima
+  SoftmaxState<A> student, teacher;
+  A dot = 0;  // sum of kl_term under the current maxima
 
   KD_HD bool empty() const { return student.empty() || teacher.empty(); }
 
   // Rebases what was summed so far onto maxima that include a new block.
-  KD_HD void raise(double student_maximum, double teacher_maximum, double k) {
-    const double old_student = student.maximum, old_teacher = teacher.maximum, old_sum = teacher.sum;
+  KD_HD void raise(A student_maximum, A teacher_maximum, A k) {
+    const A old_student = student.maximum, old_teacher = teacher.maximum, old_sum = teacher.sum;
     raise_maximum(student, student_maximum, k);
-    const double factor = raise_maximum(teacher, teacher_maximum, k);
+    const A factor = raise_maximum(teacher, teacher_maximum, k);
     if (old_sum == 0) return;  // nothing summed yet
-    const double moved_student = student.maximum == old_student ? 0 : student.maximum - old_student;
-    const double moved_teacher = teacher.maximum - old_teacher;
-    dot = factor == 0 ? 0 : factor * (dot + old_sum * (moved_student - moved_teacher));
+    const A moved_student = student.maximum == old_student ? A(0) : student.maximum - old_student;
+    const A moved_teacher = teacher.maximum - old_teacher;
+    dot = factor == 0 ? A(0) : factor * (dot + old_sum * (moved_student - moved_teacher));
   }
 
   // The divergence is never negative; rounding may be.
-  KD_HD double value(double inverse_temperature) const {
-    const double kl = dot * inverse_temperature / teacher.sum + log(student.sum / teacher.sum);
-    return kl < 0 ? 0 : kl;
+  KD_HD A value(A inverse_temperature) const {
+    const A kl = dot * inverse_temperature / teacher.sum + A(log(student.sum / teacher.sum));
+    return kl < 0 ? A(0) : kl;
   }
 };
 
