@@ -3,8 +3,9 @@
 Everything about how the native parts are built is in kdkernels/native/build.py; this file only decides what to build
 now and puts the results, and the sources for later, into the wheel.
 
-KDKERNELS_BUILD=0        build nothing now
-KDKERNELS_BUILD=require  fail if the CPU kernels cannot be built
+KDKERNELS_BUILD=0              build nothing now
+KDKERNELS_BUILD=require        fail if the CPU kernels cannot be built, or the CUDA kernels that the next line asks for
+KDKERNELS_CUDA_ARCHS="80;90"   build the CUDA kernels for these GPUs, there or not; also "all" and "native"
 """
 
 import importlib.util
@@ -30,11 +31,24 @@ HERE = Path(__file__).resolve().parent
 
 def load_builder():
     # By path: importing the package would import torch, which an isolated build does not have.
-    spec = importlib.util.spec_from_file_location("kdkernels_build", HERE / "kdkernels" / "native" / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    folder = HERE / "kdkernels" / "native"
+    spec = importlib.util.spec_from_file_location(
+        "kdkernels_native", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except ValueError as error:  # a variable of the environment
+        raise SystemExit(f"kdkernels: {error}") from None
+    return module.builder, module.cuda
+
+
+# What serves where a part was not built.
+LATER = {
+    "cpu": "; built on first use instead, or the PyTorch formulas serve",
+    "cuda": "; built on first use on a GPU instead, or Triton serves",
+    "python": "",
+}
 
 
 def say(line):
@@ -55,20 +69,30 @@ class BuildPyWithKernels(build_py):
         if self.editable_mode or wanted == "0":
             say("nothing compiled now (editable install or KDKERNELS_BUILD=0); kernels are built on first use")
             return
-        builder = load_builder()
+        builder, cuda = load_builder()
         target = Path(self.build_lib) / "kdkernels" / "native" / "lib"
-        for name, part in (("cpu", "the CPU kernels"), ("python", "the native module")):
+        for name, part in (("cpu", "the CPU kernels"), ("cuda", "the CUDA kernels"), ("python", "the native module")):
+            required = name == "cpu" or (name == "cuda" and os.environ.get("KDKERNELS_CUDA_ARCHS"))
+            architectures = ()
             try:
+                if name == "cuda":
+                    architectures, why = self.cuda_plan(builder, cuda)
+                    part = f"the CUDA kernels for {', '.join(architectures)} ({why})"
                 if builder.obstacle(name) is None:
                     say(f"building {part} ...")
-                say(f"built {builder.build(name, target).name}")
+                say(f"built {builder.build(name, target, architectures).name}")
                 self.distribution.something_built = True
             except (builder.BuildError, OSError) as error:
-                if wanted == "require" and name == "cpu":
+                if wanted == "require" and required:
                     log = getattr(error, "log", "")
                     raise SystemExit(f"kdkernels: KDKERNELS_BUILD=require, but {error}\n{log}") from None
-                later = "; built on first use instead, or the PyTorch formulas serve" if name == "cpu" else ""
-                say(f"{part} not built: {error}{later}")
+                say(f"{part} not built: {error}{LATER[name]}")
+
+    @staticmethod
+    def cuda_plan(builder, cuda):
+        if reason := builder.obstacle("cuda"):
+            raise builder.BuildError(reason)
+        return builder.cuda_architectures(cuda.capabilities_here(), installing=True)
 
 
 class KernelDistribution(Distribution):
@@ -93,7 +117,7 @@ setup(
     # The sources travel as kdkernels._csrc, so that what is not built now can be built later.
     packages=[*find_packages(include=["kdkernels", "kdkernels.*"]), "kdkernels._csrc"],
     package_dir={"kdkernels._csrc": "csrc"},
-    package_data={"kdkernels._csrc": ["*.cpp", "*/*.cpp", "*/*.h"]},
+    package_data={"kdkernels._csrc": ["*.h", "*.cpp", "*/*.h", "*/*.cpp", "*/*.cuh", "*/*.cu"]},
     cmdclass={"build_py": BuildPyWithKernels, "bdist_wheel": WheelOfWhatWasBuilt},
     distclass=KernelDistribution,
 )

@@ -241,7 +241,7 @@ def backend_info(*, build: bool = False) -> BackendInfo:
     status = native.status("cpu")
     if _forced == "reference":
         cpu = ("reference", "forced")
-    elif status.state == "failed" or not native.cpu_expected:
+    elif status.state == "failed" or not native.expected("cpu"):
         cpu = ("reference", status.reason if status.state == "failed" else native.forecast())
     elif status.state == "loaded":
         cpu = ("cpu", f"{status.reason}, {native.cpu_capability()}; float32, bfloat16, float16, float64")

@@ -124,7 +124,7 @@ def test_source_archive_is_a_whole_checkout(checkout):
 # Where the kernels cannot be had.
 
 
-@pytest.mark.skipif(native._SHIPPED.exists(), reason="this installation has its kernels")
+@pytest.mark.skipif(native.shipped("cpu").exists(), reason="this installation has its kernels")
 @pytest.mark.parametrize(
     "environment, reason",
     [
@@ -159,7 +159,7 @@ def test_object_of_the_wheel_that_cannot_be_used_is_named_and_replaced(tmp_path,
     assert native.load("cpu")
     good = native.status("cpu").path
     bad = shipped(tmp_path, b"not a shared object", recorded=recorded)
-    monkeypatch.setattr(native, "_SHIPPED", bad)
+    monkeypatch.setattr(native, "_LIB", bad.parent)
     monkeypatch.setattr(cache, "obtain", lambda: good)
     monkeypatch.setitem(native._status, "cpu", native.Status())
     monkeypatch.delenv("KDKERNELS_JIT", raising=False)
@@ -170,12 +170,12 @@ def test_object_of_the_wheel_that_cannot_be_used_is_named_and_replaced(tmp_path,
 
 def test_object_of_the_cache_that_cannot_be_loaded_is_named(tmp_path, monkeypatch, capfd):
     bad = shipped(tmp_path, b"not a shared object", recorded=True)
-    monkeypatch.setattr(native, "_SHIPPED", tmp_path / "absent")
+    monkeypatch.setattr(native, "_LIB", tmp_path / "absent")
     monkeypatch.setattr(cache, "obtain", lambda: bad)
     monkeypatch.setitem(native._status, "cpu", native.Status())
-    monkeypatch.setattr(native, "cpu_failed", False)
+    monkeypatch.setitem(native.failed, "cpu", False)
     monkeypatch.delenv("KDKERNELS_JIT", raising=False)
-    assert not native.load("cpu") and native.cpu_failed
+    assert not native.load("cpu") and native.failed["cpu"]
     assert str(bad) in native.status("cpu").reason
     assert capfd.readouterr().err.count("the PyTorch formulas serve instead") == 1
     assert not native.load("cpu") and capfd.readouterr().err == ""  # said once

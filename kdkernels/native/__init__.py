@@ -1,29 +1,38 @@
 """Finds and loads the shared objects.
 
-`load("cpu")` makes the CPU kernels available, once per process: the object of the wheel, else one from the user's
-cache, else one built now into that cache (`cache.py`; how it is built: `build.py`). It never raises: `status("cpu")`
-says what happened. Nothing is built while torch.compile traces; `cpu_expected` is the cheap forecast that a trace
-relies on.
+`load("cpu")` and `load("cuda")` make kernels available, once per process: the object of the wheel, else one from the
+user's cache, else one built now into that cache (`cache.py`; how it is built: `build.py`; what fits the GPUs:
+`cuda.py`). They never raise: `status(name)` says what happened. Nothing is built while torch.compile traces or a CUDA
+graph is captured; `expected(name)` is the cheap forecast that a trace relies on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import json
 import os
 import threading
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import build as builder
-from . import cache
+from . import cache, cuda
 
 CAPABILITIES = ("base", "avx2", "avx512")
-_SHIPPED = Path(__file__).resolve().parent / "lib" / builder.CPU_OBJECT
+_LIB = Path(__file__).resolve().parent / "lib"
 _lock = threading.RLock()
 
 for _name, _allowed in {"KDKERNELS_CPU_CAPABILITY": CAPABILITIES, "KDKERNELS_JIT": ("0", "1")}.items():
     if os.environ.get(_name) and os.environ[_name] not in _allowed:
         raise ValueError(f"{_name}: expected one of {_allowed}, got {os.environ[_name]!r}")
+if (_archs := os.environ.get("KDKERNELS_CUDA_ARCHS", "").strip()) and not cuda.valid(_archs):
+    raise ValueError(f'KDKERNELS_CUDA_ARCHS: expected the likes of "80;90", "all" or "native", got {_archs!r}')
+
+
+class Misfit(builder.BuildError):
+    """A CUDA object that is there but cannot serve these GPUs, this driver or this torch."""
 
 
 @dataclass
@@ -35,10 +44,10 @@ class Status:
     reason: str = "not needed yet"
 
 
-_status = {"cpu": Status(), "cuda": Status("failed", None, "no CUDA kernels in this build")}
+_status = {"cpu": Status(), "cuda": Status()}
 _handle: dict[str, ctypes.CDLL] = {}
 # Read inside traced code, hence apart from the status: it changes only if loading fails after a good forecast.
-cpu_failed = False
+failed = {"cpu": False, "cuda": False}
 
 
 def status(name: str) -> Status:
@@ -46,39 +55,129 @@ def status(name: str) -> Status:
     return _status[name]
 
 
-def _obstacle_to_building() -> str | None:
+def shipped(name: str) -> Path:
+    """Where the object of the wheel is, if there is one."""
+    return _LIB / builder.OBJECTS[name]
+
+
+# The GPUs, as torch sees them.
+
+
+def gpus() -> cuda.Gpus | str:
+    """The GPUs of this process, or why there is none that the CUDA kernels could serve."""
+    import torch
+
+    if torch.version.hip:
+        return "this torch is built for ROCm"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    count = range(torch.cuda.device_count())
+    number = getattr(torch._C, "_cuda_getDriverVersion", int)()  # 1000 * major + 10 * minor
+    return cuda.Gpus(
+        tuple(torch.cuda.get_device_capability(i) for i in count),
+        tuple(torch.cuda.get_device_name(i) for i in count),
+        (number // 1000, number % 1000 // 10) if number else None,
+    )
+
+
+def _misfit(path: Path, here: cuda.Gpus) -> str | None:
+    """Why a CUDA object cannot serve the GPUs that are here, by its record."""
+    try:
+        record = json.loads(builder.record_of(path).read_text())
+        codes, toolkit = list(record["architectures"]), [int(part) for part in record["cuda"].split(".")]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "it has no record of what it was built with"
+    return cuda.misfit(codes, toolkit, here)
+
+
+def built_with(path: Path) -> str:
+    """What an object was built with, in a few words."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        record = json.loads(builder.record_of(path).read_text())
+        if "architectures" in record:
+            return f"for {', '.join(record['architectures'])} with CUDA {record['cuda']}"
+        return f"with {record['compiler']}"
+    return "with nobody knows what"
+
+
+# Forecasts.
+
+
+def _obstacle_to_building(name: str) -> str | None:
     if os.environ.get("KDKERNELS_JIT") == "0":
         return "not built at install, and KDKERNELS_JIT=0 forbids building now"
-    return builder.obstacle("cpu")
+    reason = builder.obstacle(name)
+    if reason or name == "cpu":
+        return reason
+    here = gpus()
+    try:
+        codes, _ = builder.cuda_architectures(() if isinstance(here, str) else here.capabilities)
+    except builder.BuildError as error:
+        return str(error)
+    return None if isinstance(here, str) else cuda.misfit(codes, cuda.release(cuda.nvcc()), here)
 
 
-def _obstacle() -> str | None:
-    return None if _SHIPPED.exists() else _obstacle_to_building()
+def obstacle(name: str) -> str | None:
+    """Why `load(name)` would fail now, or None; nothing is built. On CUDA: on GPUs like those that are here."""
+    if name == "cuda":
+        here = gpus()
+        if isinstance(here, str):
+            return here
+        if shipped(name).exists() and _misfit(shipped(name), here) is None:
+            return None
+    elif shipped(name).exists():
+        return None
+    return _obstacle_to_building(name)
 
 
-cpu_expected = _obstacle() is None
+def _cuda_expected() -> bool:
+    return obstacle("cuda") is None
+
+
+# What torch.compiler.assume_constant_result sets: Dynamo calls the function and does not trace it. The decorator itself
+# imports Dynamo, which takes a second.
+_cuda_expected._dynamo_marked_constant = True
+_cpu_expected = obstacle("cpu") is None
 
 
 def expected(name: str) -> bool:
     """Whether `load(name)` will succeed, as far as can be told without building; a trace relies on it."""
-    return name == "cpu" and cpu_expected and not cpu_failed
+    if failed[name]:
+        return False
+    return _cpu_expected if name == "cpu" else _cuda_expected()
 
 
-def forecast() -> str:
-    """In words: what `load("cpu")` would do now."""
-    served = "built at install" if _SHIPPED.exists() else "will be loaded from the cache or built on first use"
-    return _obstacle() or served
+def forecast(name: str = "cpu") -> str:
+    """In words: what `load(name)` would do now."""
+    reason = obstacle(name)
+    if reason:
+        return reason
+    if shipped(name).exists() and (name == "cpu" or _misfit(shipped(name), gpus()) is None):
+        return "built at install" + (f" {built_with(shipped(name))}" if name == "cuda" else "")
+    return "will be loaded from the cache or built on first use"
 
 
-def _register(path: Path) -> Path:
+# Loading.
+
+
+def _register(name: str, path: Path) -> Path:
     import torch
 
     if not builder.intact(path):
         raise builder.BuildError(f"{path} is damaged")
-    torch.ops.load_library(str(path))
-    # Opened now: by the time somebody asks, another file may have taken this path, and would be a second copy.
-    _handle["cpu"] = ctypes.CDLL(str(path))
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("kdkernels::masked_mse", "CPU"):
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        if name == "cpu":
+            raise
+        torch_here = f"torch {torch.__version__} (CUDA {torch.version.cuda})"
+        raise Misfit(
+            f"{path}, built {built_with(path)}, cannot be loaded by {torch_here}: {_one_line(error)}"
+        ) from None
+    if name == "cpu":
+        # Opened now: by the time somebody asks, another file may have taken this path, and would be a second copy.
+        _handle[name] = ctypes.CDLL(str(path))
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("kdkernels::masked_mse", name.upper()):
         raise builder.BuildError(f"{path} loaded but registered no kernels")
     return path
 
@@ -87,34 +186,101 @@ def _one_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def _find() -> tuple[Path, str]:
-    if _SHIPPED.exists():
-        try:
-            return _register(_SHIPPED), "built at install"
-        except (OSError, RuntimeError) as error:
-            cache.say(f"what was built at install cannot be used ({_one_line(error)})")
-    reason = _obstacle_to_building()
+def _fitting(name: str, path: Path) -> Path:
+    if name == "cuda" and (reason := _misfit(path, gpus())):
+        raise Misfit(f"{path} was {reason}" if reason.startswith("built") else f"{path}: {reason}")
+    return path
+
+
+def _obtain(name: str) -> Path:
+    """From the cache, built now if need be."""
+    reason = _obstacle_to_building(name)
     if reason:
         raise builder.BuildError(reason)
-    return _register(cache.obtain()), "built on first use"
+    if name == "cpu":
+        return cache.obtain()
+    here = gpus()
+    codes, _ = builder.cuda_architectures(() if isinstance(here, str) else here.capabilities)
+    return cache.obtain(name, codes)
+
+
+def _find(name: str) -> tuple[Path, str]:
+    unfit = None
+    if shipped(name).exists():
+        try:
+            return _register(name, _fitting(name, shipped(name))), "built at install"
+        except (OSError, RuntimeError) as error:
+            unfit = error
+    try:
+        if unfit and (name == "cpu" or not _obstacle_to_building(name)):
+            cache.say(f"what was built at install cannot be used ({_one_line(unfit)})")
+        path = _obtain(name)
+    except builder.BuildError as error:
+        if isinstance(unfit, Misfit):
+            raise Misfit(f"{_one_line(unfit)}; and a new one cannot be built: {_one_line(error)}") from None
+        raise
+    return _register(name, _fitting(name, path)), "built on first use"
+
+
+def _instead(name: str) -> str:
+    if name == "cpu":
+        return "the PyTorch formulas serve instead"
+    import importlib.util
+
+    return f"{'Triton' if importlib.util.find_spec('triton') else 'the PyTorch formula'} serves instead"
+
+
+def _not_now() -> str | None:
+    """Why the CUDA kernels cannot be had at this moment, though perhaps later; or None."""
+    import torch
+
+    here = gpus()
+    if isinstance(here, str):
+        return here
+    if torch.cuda.is_current_stream_capturing():
+        reason = "a CUDA graph is being captured, which is no time to load them: call the loss once before"
+        warnings.warn(
+            f"kdkernels: no compiled CUDA kernels: {reason}; {_instead('cuda')}", RuntimeWarning, stacklevel=3
+        )
+        return reason
+    return None
 
 
 def load(name: str = "cpu") -> bool:
-    """Makes the CPU kernels available. True if they are; otherwise the reason was said once and is in `status`."""
-    global cpu_failed
+    """Makes the kernels of "cpu" or "cuda" available. True if they are; otherwise the reason is in `status`, and was
+    said once if it lasts.
+    """
     entry = _status[name]
     if entry.state != "unloaded":
         return entry.state == "loaded"
     with _lock:
+        if entry.state == "unloaded" and name == "cuda" and (reason := _not_now()):
+            entry.reason = reason
+            return False
         if entry.state == "unloaded":
             try:
-                entry.path, entry.reason = _find()
+                entry.path, entry.reason = _find(name)
                 entry.state = "loaded"
             except (OSError, RuntimeError) as error:
                 entry.reason, entry.state = _one_line(error), "failed"
-                cpu_failed = True
-                cache.say(f"no compiled CPU kernels ({entry.reason}); the PyTorch formulas serve instead")
+                failed[name] = True
+                line = f"no compiled {name.upper()} kernels ({entry.reason}); {_instead(name)}"
+                if isinstance(error, Misfit):
+                    warnings.warn(f"kdkernels: {line}", RuntimeWarning, stacklevel=2)
+                else:
+                    cache.say(line)
     return entry.state == "loaded"
+
+
+def build_ahead(name: str) -> str:
+    """Builds into the cache what `load(name)` would build, for $KDKERNELS_CUDA_ARCHS without a GPU too; says how it
+    went.
+    """
+    try:
+        path = _obtain(name)
+    except (OSError, RuntimeError) as error:
+        return _one_line(error)
+    return f"{path}, built {built_with(path)}"
 
 
 def _library() -> ctypes.CDLL:

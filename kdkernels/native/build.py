@@ -1,7 +1,7 @@
 """Builds the native parts from csrc/ with ninja. Standard library only: setup.py runs this file without torch.
 
 What is built and with which flags is decided here and nowhere else. `setup.py` builds into the wheel; `cache.py` builds
-into the user's cache on first execution.
+into the user's cache on first execution. cuda.py knows nvcc and architectures.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from . import cuda
 
 # The oldest PyTorch whose stable ABI the objects need; they load in every later one.
 TORCH_TARGET = "0x020a000000000000"
@@ -36,7 +39,16 @@ CAPABILITY_FLAGS = {
         "-mprefer-vector-width=512",
     ],
 }
-CPU_OBJECT = "kdkernels_cpu.so"
+# Exact too: nvcc's defaults, without --use_fast_math.
+CUDA_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra", "-DKD_CAPABILITY=cuda"]
+CPU_OBJECT, CUDA_OBJECT = "kdkernels_cpu.so", "kdkernels_cuda.so"
+OBJECTS = {"cpu": CPU_OBJECT, "cuda": CUDA_OBJECT}
+# The sources of each object, in csrc/. Headers of math/, torch/ and csrc/ itself are shared, but for the one named.
+_SOURCES = {
+    "cpu": ("*.h", "math/*.h", "torch/*.h", "cpu/*.h", "cpu/*.cpp", "torch/*_cpu.cpp"),
+    "cuda": ("*.h", "math/*.h", "torch/*.h", "cuda/*.h", "cuda/*.cuh", "cuda/*.cu", "torch/*_cuda.cpp"),
+}
+_NOT_SOURCES = {"cpu": ("torch/cuda.h",), "cuda": ()}
 
 
 class BuildError(RuntimeError):
@@ -53,11 +65,12 @@ class SourcesChanged(BuildError):
 
 @dataclass(frozen=True)
 class Library:
-    """One shared object: its file name, and (source, flags) for each object in it."""
+    """One shared object: its file name, and (source, flags) for each object in it. nvcc compiles what ends in .cu."""
 
     name: str
     objects: list[tuple[Path, list[str]]]
     link_flags: list[str] = field(default_factory=list)
+    linker: str = "cxx"  # or "nvcc"
 
 
 def source_directory() -> Path:
@@ -103,7 +116,7 @@ def ninja() -> str | None:
 
 
 def obstacle(name: str) -> str | None:
-    """Why `name` ("cpu" or "python") cannot be built here, or None. Cheap: nothing is run."""
+    """Why `name` ("cpu", "cuda" or "python") cannot be built here, or None. Cheap."""
     if not sys.platform.startswith("linux"):
         return f"compiled kernels are built on Linux only, this is {sys.platform}"
     if compiler() is None:
@@ -111,8 +124,10 @@ def obstacle(name: str) -> str | None:
         return f"no C++ compiler ({wanted!r} of $CXX is not there)" if wanted else "no C++ compiler (g++ or clang++)"
     if ninja() is None:
         return "no ninja (pip install ninja)"
-    if name == "cpu" and torch_directory() is None:
+    if name in OBJECTS and torch_directory() is None:
         return "torch is not importable here"
+    if name == "cuda":
+        return cuda.obstacle()
     if name == "python" and importlib.util.find_spec("pybind11") is None:
         return "no pybind11 (pip install pybind11)"
     return None
@@ -128,10 +143,50 @@ def cpu_library(csrc: Path, torch: Path) -> Library:
             continue
         for name in capabilities:
             objects.append((source, [*KERNEL_FLAGS, *CAPABILITY_FLAGS[name], f"-DKD_CAPABILITY={name}"]))
-    include = ["-isystem", str(torch / "include"), f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
-    objects += [(source, include) for source in sorted((csrc / "torch").glob("*_cpu.cpp"))]
+    objects += [(source, _stable_abi(torch)) for source in sorted((csrc / "torch").glob("*_cpu.cpp"))]
     link = [f"-L{torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
     return Library(CPU_OBJECT, objects, link)
+
+
+def _stable_abi(torch: Path) -> list[str]:
+    return ["-isystem", str(torch / "include"), f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+
+
+def cuda_library(csrc: Path, torch: Path, architectures: Sequence[str], nvcc: Sequence[str] = ("nvcc",)) -> Library:
+    """The CUDA kernels: every cuda/*.cu by nvcc, and their registration with torch by the C++ compiler.
+
+    The CUDA runtime is linked statically, so that the object needs a driver but no particular CUDA of torch's, and
+    loads where there is neither.
+    """
+    version = cuda.release(nvcc) or (0, 0)
+    kernels = [*CUDA_FLAGS, *cuda.flags(architectures)]
+    if version >= (12, 8):
+        kernels.append("--compress-mode=size")
+    objects = [(source, kernels) for source in sorted((csrc / "cuda").glob("*.cu"))]
+    objects += [(source, _stable_abi(torch)) for source in sorted((csrc / "torch").glob("*_cuda.cpp"))]
+    link = [*cuda.flags(architectures), "-cudart", "static", "-Xlinker", "--exclude-libs=ALL"]
+    link += [f"-L{folder}" for folder in cuda.runtime_folders(nvcc)]
+    link += [f"-L{torch / 'lib'}", "-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+    return Library(CUDA_OBJECT, objects, link, linker="nvcc")
+
+
+def cuda_architectures(present: Sequence[cuda.Capability], *, installing: bool = False) -> tuple[list[str], str]:
+    """What to build the CUDA kernels for, and why: $KDKERNELS_CUDA_ARCHS, else the GPUs that are there.
+
+    At install $TORCH_CUDA_ARCH_LIST comes between the two. Raises BuildError where that leaves nothing; nvcc is there.
+    """
+    codes = cuda.known(cuda.nvcc() or ["nvcc"])
+    try:
+        if text := os.environ.get("KDKERNELS_CUDA_ARCHS", "").strip():
+            return cuda.wanted(text, codes, present), "KDKERNELS_CUDA_ARCHS"
+        text = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() if installing else ""
+        if text and (chosen := cuda.wanted(text, codes, present, drop=True)):
+            return chosen, "TORCH_CUDA_ARCH_LIST"
+        if present:
+            return cuda.for_gpus(present, codes), "the GPUs here"
+    except cuda.ArchitectureError as error:
+        raise BuildError(str(error)) from None
+    raise BuildError("no GPU here, and KDKERNELS_CUDA_ARCHS is not set")
 
 
 def python_library(csrc: Path) -> Library:
@@ -143,20 +198,45 @@ def python_library(csrc: Path) -> Library:
     return Library(f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", sources)
 
 
-def cache_key(csrc: Path) -> str:
-    """What the CPU object depends on, as a hash: sources, flags, compiler, ABI target; not the version of torch."""
+def _identity(command: Sequence[str] | None) -> list[object]:
+    if not command:
+        return []
+    status = os.stat(command[0])
+    return [os.path.realpath(command[0]), list(command[1:]), status.st_size, status.st_mtime_ns]
+
+
+def cache_key(csrc: Path, name: str = "cpu", architectures: Sequence[str] = ()) -> str:
+    """What "cpu" or "cuda" depends on, as a hash: sources, flags, compilers, architectures, ABI target; not torch's
+    version.
+    """
     digest = hashlib.sha256()
-    for path in sorted(csrc.glob("*/*")):  # python.cpp, beside them, is no part of it
-        if path.suffix in (".h", ".cpp"):
-            digest.update(path.relative_to(csrc).as_posix().encode() + b"\0" + path.read_bytes())
-    library = cpu_library(Path("csrc"), Path("torch"))
-    recipe = [COMMON_FLAGS, KERNEL_FLAGS, CAPABILITY_FLAGS, TORCH_TARGET, library.link_flags, platform.machine()]
-    command = compiler()
-    if command:
-        status = os.stat(command[0])
-        recipe += [os.path.realpath(command[0]), command[1:], status.st_size, status.st_mtime_ns]
+    paths = {path for pattern in _SOURCES[name] for path in csrc.glob(pattern)}
+    for path in sorted(paths):
+        inside = path.relative_to(csrc).as_posix()
+        if inside not in _NOT_SOURCES[name]:
+            digest.update(inside.encode() + b"\0" + path.read_bytes())
+    recipe = [COMMON_FLAGS, TORCH_TARGET, platform.machine(), *_identity(compiler())]
+    if name == "cpu":
+        library = cpu_library(Path("csrc"), Path("torch"))
+        recipe += [KERNEL_FLAGS, CAPABILITY_FLAGS]
+    else:
+        nvcc = cuda.nvcc() or ["nvcc"]
+        library = cuda_library(Path("csrc"), Path("torch"), architectures, nvcc)
+        # nvcc may be a script that calls another: what it says of itself counts too.
+        recipe += [CUDA_FLAGS, list(architectures), *_identity(cuda.nvcc()), cuda.version_line(nvcc), _host_compiler()]
+    recipe.append(library.link_flags)
     digest.update(repr(recipe).encode())
     return digest.hexdigest()[:16]
+
+
+def _host_compiler() -> list[str]:
+    """nvcc's arguments that name the compiler of the host's half: $CXX without the likes of ccache, unless
+    $NVCC_CCBIN, which nvcc reads, names another.
+    """
+    command = [word for word in compiler() or [] if os.path.basename(word) not in ("ccache", "sccache", "distcc")]
+    if os.environ.get("NVCC_CCBIN") or not os.environ.get("CXX") or not command:
+        return []
+    return ["-ccbin", command[0]]
 
 
 def record_of(shared_object: Path) -> Path:
@@ -184,21 +264,26 @@ def _command(words: list[str]) -> str:
     return shlex.join(words).replace("$", "$$")
 
 
-def _ninja_file(library: Library, work: Path, output: Path, cxx: list[str]) -> str:
+def _ninja_file(library: Library, work: Path, output: Path, cxx: list[str], nvcc: list[str]) -> str:
     lines = [
         f"cxx = {_command(cxx)}",
+        f"nvcc = {_command([*nvcc, *_host_compiler()])}",
         "rule compile",
         "  command = $cxx $flags -c $in -o $out",
         "  description = compile $in",
+        "rule compile_cuda",
+        "  command = $nvcc $flags -c $in -o $out",
+        "  description = compile $in",
         "rule link",
-        "  command = $cxx -shared $in -o $out $flags",
+        f"  command = ${library.linker} -shared $in -o $out $flags",
         "  description = link $out",
     ]
     objects = []
     for index, (source, flags) in enumerate(library.objects):
         objects.append(_escape(str(work / f"{index:02d}_{source.stem}.o")))
-        lines.append(f"build {objects[-1]}: compile {_escape(str(source))}")
-        lines.append(f"  flags = {_command([*COMMON_FLAGS, *flags])}")
+        kernels = source.suffix == ".cu"
+        lines.append(f"build {objects[-1]}: {'compile_cuda' if kernels else 'compile'} {_escape(str(source))}")
+        lines.append(f"  flags = {_command(flags if kernels else [*COMMON_FLAGS, *flags])}")
     lines.append(f"build {_escape(str(output))}: link {' '.join(objects)}")
     lines.append(f"  flags = {_command(library.link_flags)}")
     return "\n".join(lines) + "\n"
@@ -210,6 +295,7 @@ def _first_error(log: str) -> str:
     for pattern in (
         r".*(?:undefined reference|: cannot find ).*",
         r".*\berror: .*",
+        r"(?:nvcc|ptxas|nvlink) (?:error|fatal) .*",
         r"ninja: fatal.*",
         r"FAILED: (\S+)",
     ):
@@ -219,8 +305,9 @@ def _first_error(log: str) -> str:
     return lines[-1] if lines else "no message"
 
 
-def build(name: str, destination: Path) -> Path:
-    """Builds "cpu" or "python" into `destination` and returns the shared object. Raises BuildError.
+def build(name: str, destination: Path, architectures: Sequence[str] = ()) -> Path:
+    """Builds "cpu", "cuda" (for `architectures`) or "python" into `destination` and returns the shared object. Raises
+    BuildError.
 
     The object appears under its name complete or not at all: it is linked in a temporary folder beside it and renamed.
     A JSON file beside it says what it was built with, and its checksum.
@@ -228,16 +315,20 @@ def build(name: str, destination: Path) -> Path:
     reason = obstacle(name)
     if reason:
         raise BuildError(reason)
-    csrc, cxx = source_directory(), compiler()
-    key = cache_key(csrc)
-    library = cpu_library(csrc, torch_directory()) if name == "cpu" else python_library(csrc)
+    csrc, cxx, nvcc = source_directory(), compiler(), cuda.nvcc() if name == "cuda" else []
+    keyed = (csrc, name if name in OBJECTS else "cpu", architectures)
+    key = cache_key(*keyed)
+    if name == "cuda":
+        library = cuda_library(csrc, torch_directory(), architectures, nvcc)
+    else:
+        library = cpu_library(csrc, torch_directory()) if name == "cpu" else python_library(csrc)
     destination = destination.resolve()  # ninja runs elsewhere
     destination.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix=".build-", dir=destination) as folder:
         work = Path(folder)
         output = work / library.name
-        (work / "build.ninja").write_text(_ninja_file(library, work, output, cxx), encoding="utf-8")
+        (work / "build.ninja").write_text(_ninja_file(library, work, output, cxx, nvcc), encoding="utf-8")
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
 
         def run(*command: str) -> subprocess.CompletedProcess:
@@ -248,8 +339,8 @@ def build(name: str, destination: Path) -> Path:
         result = run(ninja(), "-C", str(work), *jobs)
         if result.returncode != 0:
             log = result.stdout + result.stderr
-            raise BuildError(f"{os.path.basename(cxx[0])} failed: {_first_error(log)}", log)
-        if cache_key(csrc) != key:
+            raise BuildError(f"{os.path.basename((nvcc or cxx)[0])} failed: {_first_error(log)}", log)
+        if cache_key(*keyed) != key:
             raise SourcesChanged("the sources were edited during the build")
         record = {
             "compiler": (run(*cxx, "--version").stdout.splitlines() or cxx)[0],
@@ -258,6 +349,9 @@ def build(name: str, destination: Path) -> Path:
             "sources_and_flags": key,
             "sha256": _checksum(output),
         }
+        if name == "cuda":
+            record |= {"architectures": list(architectures), "cuda": cuda.dotted(cuda.release(nvcc))}
+            record["nvcc"] = cuda.version_line(nvcc)
         record_of(output).write_text(json.dumps(record, indent=1))
         target = destination / library.name
         os.replace(record_of(output), record_of(target))

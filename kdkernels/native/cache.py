@@ -14,7 +14,7 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from . import build as builder
@@ -72,7 +72,7 @@ def directory() -> Path:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[bool]:
+def locked(folder: Path, what: str = "the CPU kernels") -> Iterator[bool]:
     """Holds `folder` for one process; yields False where the file system has no locks.
 
     The kernel releases a flock when its holder dies, however it dies: no stale lock can block anybody.
@@ -84,46 +84,51 @@ def locked(folder: Path) -> Iterator[bool]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say(f"another process is building the CPU kernels in {folder}; waiting for it")
+            say(f"another process is building {what} in {folder}; waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:  # Two may then build at once; each object still appears complete, by renaming.
             held = False
         yield held
 
 
-def _build(folder: Path, target: Path, alone: bool) -> None:
+def _build(name: str, architectures: Sequence[str], folder: Path, target: Path, alone: bool) -> None:
     if target.exists():
         say(f"{target} is damaged; building it again")
     if alone:
         for leftover in folder.glob(".build-*"):  # of a process that was killed
             shutil.rmtree(leftover, ignore_errors=True)
-    say("building the CPU kernels (once, about half a minute on two cores) ...")
+    if name == "cpu":
+        say("building the CPU kernels (once, about half a minute on two cores) ...")
+    else:
+        say(f"building the CUDA kernels for {', '.join(architectures)} (once, a minute or so on two cores) ...")
     started = time.monotonic()
     try:
-        builder.build("cpu", folder)
+        builder.build(name, folder, architectures)
     except builder.BuildError as error:
         if not error.log:
             raise
         log = folder / "failed.log"
         log.write_text(error.log)
         raise builder.BuildError(f"{error}; all of it in {log}", error.log) from None
-    say(f"built the CPU kernels in {time.monotonic() - started:.0f} s into {folder}")
+    say(f"built the {name.upper()} kernels in {time.monotonic() - started:.0f} s into {folder}")
 
 
-def obtain() -> Path:
-    """The CPU kernels of these sources from the cache, built now if they are not there. Raises BuildError, OSError."""
+def obtain(name: str = "cpu", architectures: Sequence[str] = ()) -> Path:
+    """The CPU kernels of these sources, or the CUDA kernels for `architectures`, from the cache, built now if they are
+    not there. Raises BuildError, OSError.
+    """
     root, csrc = directory(), builder.source_directory()
     for attempt in range(3):
-        folder = root / builder.cache_key(csrc)
-        target = folder / builder.CPU_OBJECT
+        folder = root / builder.cache_key(csrc, name, architectures)
+        target = folder / builder.OBJECTS[name]
         if builder.intact(target):  # Without the lock, so that a read-only cache serves too.
             break
         folder.mkdir(exist_ok=True, mode=0o700)
-        with locked(folder) as alone:
+        with locked(folder, f"the {name.upper()} kernels") as alone:
             if builder.intact(target):
                 break
             try:
-                _build(folder, target, alone)
+                _build(name, architectures, folder, target, alone)
                 break
             except builder.SourcesChanged:
                 if attempt == 2:
