@@ -93,9 +93,11 @@ def load() -> ctypes.CDLL:
     given = os.environ.get("KDKERNELS_EMULATOR_LIBRARY")  # one that was built elsewhere: mutants/run.py
     path = Path(given) if given else build(sanitize=os.environ.get("KDKERNELS_EMULATOR_SANITIZE") == "1")
     library = torch.library.Library("kdkernels_emulator", "FRAGMENT")
-    for served in ops.OPS.values():
+    for name, served in ops.OPS.items():
         schema = str(served["cpu"]._schema).split("::")[1].replace(".default", "")
         library.define(schema)
+        real = served["cpu"]  # whose fake serves both
+        torch.library.register_fake(f"kdkernels_emulator::{name}", lambda *x, real=real: real(*x), lib=library)
     torch.ops.load_library(str(path))
     load.library = library  # lives as long as the process
     handle = ctypes.CDLL(str(path))
