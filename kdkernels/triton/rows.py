@@ -184,7 +184,8 @@ def count_rows(values: Tensor, unlike: int) -> tuple[Tensor, int]:
     parts = min(COUNTERS.value, triton.cdiv(values.numel(), 4096))
     counts = torch.empty(parts, dtype=torch.int32, device=values.device)
     span = triton.cdiv(triton.cdiv(values.numel(), parts), 4096) * 4096
-    count[(parts,)](values, unlike, counts, values.numel(), span, BLOCK=4096, num_warps=8, enable_fp_fusion=True)
+    with on(values):
+        count[(parts,)](values, unlike, counts, values.numel(), span, BLOCK=4096, num_warps=8, enable_fp_fusion=True)
     return counts, parts
 
 
