@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -67,9 +67,12 @@ class Rows(NamedTuple):
         """Whether every operand's columns are neighbours."""
         return all(x.column == 1 for x in self.operands)
 
-    @property
-    def wide(self) -> bool:
-        return self.columns > TILE_COLUMNS
+    def launch(self, tile: Any, walk: Any) -> tuple[Any, int, dict[str, Any]]:
+        """Which of two kernels serves this width, in how many programs, and its constants."""
+        if self.columns > TILE_COLUMNS:
+            return walk, self.count, self.walk()
+        options = self.tile()
+        return tile, triton.cdiv(self.count, options["ROWS"]), options
 
     def tile(self) -> dict[str, int]:
         """The constants of a tile kernel's launch. A thread has up to 32 values of a row, and as few lanes share it."""
@@ -88,7 +91,7 @@ class Rows(NamedTuple):
         strips = triton.cdiv(self.columns, chunk)
         return {"ROWS": rows, "CHUNK": chunk, "STRIPS": strips, "COMMON": common, "num_warps": 4}
 
-    def walk(self) -> dict[str, int | tuple[bool, ...]]:
+    def walk(self) -> dict[str, Any]:
         """The constants of a wide kernel's launch."""
         student = self.operands[0]
         vector = 16 // student.data.element_size()

@@ -6,7 +6,6 @@ Forward: one launch, and a second that adds the programs' sums where there are s
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from .kl_rows import STATISTICS, Region, Softness, kl_tile, kl_tile_gradient, kl_walk, kl_walk_gradient
@@ -46,11 +45,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """The loss and the rows' statistics; `scale` and `softness` are the background's where there is a region."""
     rows = rows_of(student, teacher)
-    if rows.wide:
-        kernel, programs, options = kl_walk, rows.count, rows.walk()
-    else:
-        kernel, options = kl_tile, rows.tile()
-        programs = triton.cdiv(rows.count, options["ROWS"])
+    kernel, programs, options = rows.launch(kl_tile, kl_walk)
     result = Result(student, rows.count, reduction, STATISTICS.value, programs)
     with on(student):
         if programs:
@@ -75,11 +70,7 @@ def backward(grad_loss: Tensor, student: Tensor, teacher: Tensor, statistics: Te
     """The student's gradient: both logits read again, one written."""
     grad = torch.empty_like(student)
     rows = rows_of(student, teacher, grad)
-    if rows.wide:
-        kernel, programs, options = kl_walk_gradient, rows.count, rows.walk()
-    else:
-        kernel, options = kl_tile_gradient, rows.tile()
-        programs = triton.cdiv(rows.count, options["ROWS"])
+    kernel, programs, options = rows.launch(kl_tile_gradient, kl_walk_gradient)
     if programs:
         with on(student):
             kernel[(programs,)](
