@@ -36,6 +36,17 @@ KD_HD V close_kl_term(V student_exp, V teacher_exp, V u) {
   return magnitude(u) <= half ? teacher_exp * exp_remainder(u) : (teacher_exp == constant<V>(0) ? student_exp : far);
 }
 
+// log(1 + y) - y, with the relative error of a few roundings: 2 artanh(z) - y with z = y / (2 + y).
+template <class A>
+KD_HD A log1p_remainder(A y) {
+  if (!(y >= A(-0.5) && y <= A(0.5))) return A(log1p(y)) - y;
+  const A z = y / (y + 2), z2 = z * z;
+  constexpr int terms = sizeof(A) == 4 ? 7 : 16;
+  A series = A(1.0 / (2 * terms + 1));
+  for (int k = terms - 1; k >= 1; --k) series = series * z2 + A(1.0 / (2 * k + 1));
+  return z2 * z * series * 2 - y * z;
+}
+
 // Below this the row is summed again as a close one: above, the cancellation costs less than the formula's own
 // rounding.
 template <class A>

@@ -1,0 +1,201 @@
+// The kernels of the losses over rows of logits, for a loss that says what a thread does with columns.
+//
+// A Loss, which travels by value, has for the forward
+//   Context context()                     what it must know of all rows; the whole warp takes part
+//   Row row(context, r)                   what it must know of a row; row.skip: none of its columns counts
+//   Sums start(row)                       rows.cuh: Sums
+//   add(sums, row, s, t, at, columns)     takes n columns, at(i) the i-th; -inf on both sides where it is not in the
+//   row Look look(row, sums)                  whether the row must be read again, now that its sums are known, and what
+//   for Second, add_again(second, row, sums, look, s, t, at) float finish(row, r, sums, look, second, sides)    the
+//   row's value; keeps what the backward needs
+#pragma once
+
+#include "row_sums.cuh"
+#include "rows.cuh"
+
+KD_NAMESPACE_BEGIN
+
+// Which part of a forward a launch is.
+enum class Pass : int { whole, parts, rest };
+
+// What a forward leaves: each row's value, or one sum per group of blocks; between passes, the sums of each part.
+struct RowResults {
+  bool keep;
+  float* values;
+  float* parts;
+};
+
+// Once a group's sums are complete: looks again where the row asks for it. Every thread of the block takes part. The
+// group's first thread gets the row's value; others, and groups without a row, get 0.
+template <class Loss, class S, class T>
+KD_DEVICE float finish_row(const RowPlan& plan, const Loss& loss, const typename Loss::Row& row, int64_t r, bool inside,
+                           const typename Loss::Sums& sums, const RowSides<S, T>& sides, Share share,
+                           Exchange& exchange, const RowResults& results) {
+  const typename Loss::Look look = loss.look(row, sums);
+  typename Loss::Second second;
+  second.clear();
+  if (look.again) {
+    walk_row<1>(sides, share, [&](const auto& s, const auto& t, const Columns& at) {
+      loss.add_again(second, row, sums, look, s, t, at);
+    });
+  }
+  if (!plan.block) {
+    merge_lanes(second, plan.lanes);
+  } else if (look.again) {  // all threads of the row's blocks have the same sums
+    exchange.merge(second, plan.cluster);
+  }
+  if (share.thread != 0 || !inside) return 0;
+  const float value = loss.finish(row, r, sums, look, second, sides);
+  if (results.keep) results.values[r] = value;
+  return value;
+}
+
+// Leaves what the group's threads found: `total` is 0 but in the first thread of a row's group.
+KD_DEVICE void store_group(const RowResults& results, int64_t group, bool leader, float total, float* scratch) {
+  if (results.keep) return;
+  block_sync();  // the scratch has been read
+  float values[1] = {total};
+  sum_of_block(values, scratch);
+  if (leader && thread_index() == 0) results.values[group] = values[0];
+}
+
+template <class Loss, class S, class T>
+KD_GLOBAL(row_threads, 4)
+rows_in_place(const RowPlan plan, const Loss loss, const RowView student, const RowView teacher, Pass pass,
+              RowResults results) {
+  Exchange exchange{shared_memory<float>(), 0};
+  const int blocks = pass == Pass::parts ? plan.parts : plan.cluster;
+  const int64_t group = block_index() / blocks;
+  const int rank = int(block_index() % blocks), thread = thread_index();
+  const Share share =
+      plan.block ? Share{rank * row_threads + thread, row_threads * blocks} : Share{thread % plan.lanes, plan.lanes};
+  const typename Loss::Context context = loss.context();
+  float total = 0;
+  KD_NO_UNROLL for (int turn = 0; turn < plan.turns; ++turn) {
+    const int64_t first = (group * plan.turns + turn) * plan.at_once;
+    if (first >= plan.rows) break;
+    const int64_t wanted = first + (plan.block ? 0 : thread / plan.lanes);
+    const bool inside = wanted < plan.rows;
+    const int64_t r = inside ? wanted : plan.rows - 1;  // threads behind the last row help to exchange
+    const typename Loss::Row row = loss.row(context, r);
+    RowSides<S, T> sides = row_in_place<S, T>(student, teacher, r, inside && !row.skip ? plan.columns : 0);
+    typename Loss::Sums sums = loss.start(row);
+    if (pass != Pass::rest) {
+      walk_row<row_batch>(sides, share, [&](const auto& s, const auto& t, const Columns& at) {
+        loss.add(sums, row, s, t, at, plan.columns);
+      });
+    } else if (thread % warp_size < plan.parts) {
+      Exchange::get(sums, results.parts + (r * plan.parts + thread % warp_size) * exchange_floats);
+    }
+    if (!plan.block || pass == Pass::rest) {
+      merge_lanes(sums, plan.lanes);
+    } else {
+      exchange.merge(sums, plan.cluster);
+    }
+    if (pass == Pass::parts) {
+      if (thread == 0) Exchange::put(sums, results.parts + (r * plan.parts + rank) * exchange_floats);
+      continue;
+    }
+    total += finish_row(plan, loss, row, r, inside, sums, sides, share, exchange, results);
+  }
+  if (pass == Pass::parts) return;
+  store_group(results, group, rank == 0, total, exchange.memory);
+  if (plan.cluster > 1) cluster_sync();  // the other blocks have read what this one has
+}
+
+// Copies neighbouring elements to shared memory, as far from a multiple of 16 bytes as they were, and says where the
+// first is. `area` has 30 bytes more than they need.
+template <class T>
+KD_DEVICE const T* stage(const T* from, int count, char* area) {
+  constexpr int per_vector = 16 / int(sizeof(T)), batch = 4;
+  const int ahead = int(reinterpret_cast<uintptr_t>(from) % 16);
+  T* to = reinterpret_cast<T*>(area + ahead);
+  int head = (16 - ahead) % 16 / int(sizeof(T));
+  if (head > count) head = count;
+  const int vectors = (count - head) / per_vector;
+  KD_NO_UNROLL for (int first = thread_index(); first < vectors; first += batch * row_threads) {
+    Bytes16 bytes[batch];
+    KD_UNROLL for (int b = 0; b < batch; ++b) {
+      const int v = first + b * row_threads;
+      if (v < vectors) bytes[b] = load16(from + head + v * per_vector);
+    }
+    KD_UNROLL for (int b = 0; b < batch; ++b) {
+      const int v = first + b * row_threads;
+      if (v < vectors) *reinterpret_cast<Bytes16*>(to + head + v * per_vector) = bytes[b];
+    }
+  }
+  const int moved = vectors * per_vector, rest = count - moved;  // at most 14
+  if (thread_index() < rest) {
+    const int i = thread_index() < head ? thread_index() : thread_index() + moved;
+    to[i] = from[i];
+  }
+  return to;
+}
+
+template <class Loss, class S, class T>
+KD_GLOBAL(row_threads, 4)
+rows_staged(const RowPlan plan, const Loss loss, const RowView student, const RowView teacher, RowResults results) {
+  Exchange exchange{shared_memory<float>(), 0};
+  char* area_s = shared_memory<char>() + exchange_bytes;
+  char* area_t = area_s + (plan.at_once * plan.columns * int(sizeof(S)) + 31) / 16 * 16;
+  const Share share{thread_index() % plan.lanes, plan.lanes};
+  const typename Loss::Context context = loss.context();
+  float total = 0;
+  KD_NO_UNROLL for (int turn = 0; turn < plan.turns; ++turn) {
+    const int64_t first = (block_index() * plan.turns + turn) * plan.at_once;
+    if (first >= plan.rows) break;
+    const int64_t left = plan.rows - first;
+    const int count = int(left < plan.at_once ? left : plan.at_once);
+    if (turn > 0) block_sync();  // the last turn's rows have been read
+    const int64_t begin = first * plan.columns;
+    const S* s = stage(reinterpret_cast<const S*>(student.data) + begin, count * plan.columns, area_s);
+    const T* t = stage(reinterpret_cast<const T*>(teacher.data) + begin, count * plan.columns, area_t);
+    block_sync();
+    const int wanted = thread_index() / plan.lanes;
+    const bool inside = wanted < count;
+    const int local = inside ? wanted : count - 1;
+    const typename Loss::Row row = loss.row(context, first + local);
+    const int columns = inside && !row.skip ? plan.columns : 0;
+    const RowSides<S, T> sides{s + local * plan.columns, t + local * plan.columns, 1, 1, columns, columns, 0};
+    typename Loss::Sums sums = loss.start(row);
+    walk_row<1>(sides, share,
+                [&](const auto& x, const auto& y, const Columns& at) { loss.add(sums, row, x, y, at, plan.columns); });
+    merge_lanes(sums, plan.lanes);
+    total += finish_row(plan, loss, row, first + local, inside, sums, sides, share, exchange, results);
+  }
+  store_group(results, block_index(), true, total, exchange.memory);
+}
+
+// Host: floats of workspace that a forward with this plan needs.
+inline int64_t rows_workspace(const RowPlan& plan) {
+  return plan.groups + (plan.parts > 1 ? plan.rows * plan.parts * exchange_floats : 0);
+}
+
+// Host: the row kernels, and the sum of what they leave.
+template <class Loss>
+const char* launch_rows(const RowPlan& plan, const RowPair& pair, const Loss& loss, bool keep, float* workspace,
+                        float* result, void* stream) {
+  if (pair.columns > most_columns) return "more classes than a kernel can number";
+  const char* error = with_types(pair.student.dtype, pair.teacher.dtype, [&](auto s, auto t) -> const char* {
+    using S = decltype(s);
+    using T = decltype(t);
+    const RowResults results{keep, keep ? result : workspace, workspace + plan.groups};
+    Launch how{plan.groups, row_threads, plan.shared_bytes, stream};
+    if (plan.staged) return launch(rows_staged<Loss, S, T>, how, plan, loss, pair.student, pair.teacher, results);
+    Pass pass = Pass::whole;
+    if (plan.parts > 1) {
+      how.blocks = plan.groups * plan.parts;
+      const char* e =
+          launch(rows_in_place<Loss, S, T>, how, plan, loss, pair.student, pair.teacher, Pass::parts, results);
+      if (e) return e;
+      pass = Pass::rest;
+    }
+    how.blocks = plan.groups * plan.cluster;
+    how.cluster = plan.cluster;
+    return launch(rows_in_place<Loss, S, T>, how, plan, loss, pair.student, pair.teacher, pass, results);
+  });
+  if (error || keep) return error;
+  return launch_finish_rows(workspace, plan.groups, result, stream);
+}
+
+KD_NAMESPACE_END

@@ -1,0 +1,29 @@
+// Temperature KL on the GPU: all rows are of one kind.
+#include "temperature_kl.h"
+
+#include "kl_rows.h"
+#include "primitives.cuh"
+
+KD_NAMESPACE_BEGIN
+
+namespace {
+
+KlRegions regions_of(double temperature, const RowReduction& reduction) {
+  return KlRegions{nullptr, {temperature, temperature}, reduction, {}, false};
+}
+
+}  // namespace
+
+int64_t temperature_kl_workspace(const RowPair& pair) { return kl_rows_workspace(pair, regions_of(1, {})); }
+
+const char* temperature_kl_forward(const RowPair& pair, double temperature, const RowReduction& reduction,
+                                   float* workspace, float* loss, float* statistics, void* stream) {
+  return kl_rows_forward(pair, regions_of(temperature, reduction), workspace, loss, statistics, stream);
+}
+
+const char* temperature_kl_backward(const RowPair& pair, const float* grad_loss, bool per_row, const float* statistics,
+                                    void* stream) {
+  return kl_rows_backward(pair, grad_loss, per_row, statistics, stream);
+}
+
+KD_NAMESPACE_END
