@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ def _info(arguments: list[str]) -> int:
     import torch
 
     import kdkernels as kd
+    from kdkernels import native
+    from kdkernels.native import cuda
 
     print(f"kdkernels {kd.__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}")
     try:
@@ -25,6 +28,16 @@ def _info(arguments: list[str]) -> int:
         print("native module: not built")
     else:
         print(f"native module: {_C.build_info()['compiler']}; this CPU runs {_C.cpu_capability()}")
+    here, nvcc = native.gpus(), cuda.nvcc()
+    if isinstance(here, str):
+        print(f"GPU: {here}")
+    else:
+        for i, capability in enumerate(here.capabilities):
+            print(f"{here.name(i)}: compute capability {cuda.dotted(capability)}")
+        print(f"driver: runs CUDA {cuda.dotted(here.driver or ('?',))}, torch is built with CUDA {torch.version.cuda}")
+    print(f"nvcc: {cuda.obstacle() or f'{nvcc[0]}, {cuda.version_line(nvcc)}'}")
+    if options.build and isinstance(here, str) and os.environ.get("KDKERNELS_CUDA_ARCHS"):
+        print(f"CUDA kernels: {native.build_ahead()}")
     print(kd.backend_info(build=options.build))
     return 0
 

@@ -66,19 +66,20 @@ def _device_of(arguments: Sequence[Any]) -> str:
     return "cpu"
 
 
-def define(name: str, schema: str, fake: Callable[..., Any]) -> dict[str, Any]:
+def define(name: str, schema: str, fake: Callable[..., Any], *, module: str | None = None) -> dict[str, Any]:
     """Declares an op with its schema and its fake implementation, and returns it as {backend: op}.
 
     ``kdkernels::name`` is the compiled one, ``kdkernels_triton::name`` Triton's, which is the function `name` of
-    kdkernels/triton/<loss>.py. The ops have no autograd formula and stay private: each loss wraps them in an autograd
-    Function. Until a shared object is loaded, a first execution (of a compiled graph, say) loads or builds it and then
-    runs the kernel.
+    kdkernels/triton/<loss>.py, or of `module` there. The ops have no autograd formula and stay private: each loss wraps
+    them in an autograd Function. Until a shared object is loaded, a first execution (of a compiled graph, say) loads or
+    builds it and then runs the kernel.
     """
     if not hasattr(torch.ops.kdkernels, name):  # importlib.reload runs this file again
-        for library, implementation in ((_compiled, _load_then_run), (_triton, _run_triton)):
+        run_triton = functools.partial(_run_triton, module or name.removesuffix("_backward"), name)
+        for library, run in ((_compiled, functools.partial(_load_then_run, name)), (_triton, run_triton)):
             library.define(f"{name}{schema}")
             torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
-            library.impl(name, functools.partial(implementation, name), "CompositeExplicitAutograd")
+            library.impl(name, run, "CompositeExplicitAutograd")
     compiled, triton = (getattr(space, name).default for space in (torch.ops.kdkernels, torch.ops.kdkernels_triton))
     OPS[name] = {"cpu": compiled, "cuda": compiled, "triton": triton}
     return OPS[name]
@@ -100,9 +101,8 @@ def _load_then_run(name: str, *args: Any) -> Any:
     )
 
 
-def _run_triton(name: str, *args: Any) -> Any:
-    module = importlib.import_module(f"{__package__}.triton.{name.removesuffix('_backward')}")
-    return getattr(module, name)(*args)
+def _run_triton(module: str, name: str, *args: Any) -> Any:
+    return getattr(importlib.import_module(f"{__package__}.triton.{module}"), name)(*args)
 
 
 def kernel_dtypes(student: torch.dtype, teacher: torch.dtype, backend: str = "cpu") -> bool:
@@ -156,6 +156,22 @@ def backend_for(loss: str, student: torch.Tensor, teacher: torch.Tensor, *, diff
             f"{loss}: backend {_forced!r} is forced but cannot serve a {student.dtype} student with a {teacher.dtype} "
             f"teacher on {student.device.type}" + (f": {why}" if why else "")
         )
+    return "reference"
+
+
+def backend_for_masks(name: str, boxes: torch.Tensor) -> str:
+    """Which backend draws masks where the boxes are: "cuda" or "triton" on a GPU, else "reference", which is PyTorch's
+    operations. Raises RuntimeError where a GPU's backend is forced that cannot be had.
+    """
+    if _forced == "reference" or functorch_active():
+        return "reference"
+    for backend in _order(name, boxes):
+        if backend != "cpu" and _forced in (None, backend):
+            why = _obstacle(backend)
+            if why is None:
+                return backend
+            if _forced is not None:
+                raise RuntimeError(f"{name}: backend {_forced!r} is forced but cannot serve: {why}")
     return "reference"
 
 
@@ -219,7 +235,7 @@ def gradients_of_formula(
 
 
 class BackendInfo(dict):
-    """Loss name -> (implementation on the CPU, reason). As a string: a table."""
+    """Loss name -> device -> (who serves it, why). As a string: a table."""
 
     def __str__(self) -> str:
         width = max(map(len, self))
@@ -230,22 +246,57 @@ class BackendInfo(dict):
         return "\n".join(rows)
 
 
+def _info_cpu() -> tuple[str, str]:
+    if _forced == "reference":
+        return "reference", "forced"
+    if _forced in ("cuda", "triton"):
+        return "none", f"{_forced} is forced"
+    able, why = native.prospects("cpu")
+    if native.status("cpu").state == "loaded":
+        why += f", {native.cpu_capability()}; float32, bfloat16, float16, float64"
+    return ("cpu" if able else "reference"), why
+
+
+def _info_cuda(loss: str) -> tuple[str, str]:
+    if _forced == "reference":
+        return "reference", "forced"
+    if _forced == "cpu":
+        return "none", "cpu is forced"
+    here = native.gpus()
+    major = None if isinstance(here, str) else torch.cuda.get_device_capability()[0]
+    entry = choices.choice(loss, major)
+    second = "triton" if entry.backend == "cuda" else "cuda"
+    lacking = ""
+    for backend in (entry.backend, second) if _forced is None else (_forced,):
+        if backend == "cuda":
+            able, why = native.prospects("cuda")
+            if native.status("cuda").state == "loaded" and not native.registered(loss, "cuda"):
+                able, why = False, "this build has no kernel for this loss"
+        else:
+            why = _triton_obstacle()
+            able, why = why is None, why or "triton is installed"
+        if able:
+            break
+        lacking += f"; not {backend}: {why}"
+    else:
+        backend, why = ("reference" if _forced is None else "none"), "the PyTorch formula"
+    if backend == entry.backend and _forced is None:
+        lacking = f"; chosen over {second}, {entry.measured or 'not measured on a GPU'}"
+        for large in choices.TABLE:
+            if large.elements and large.loss in (None, loss) and large.major in (None, major):
+                lacking += f"; from {large.elements} elements {large.backend}, {large.measured or 'not measured'}"
+    where = f"{here}; on a GPU: " if isinstance(here, str) else ""
+    return backend, f"{where}{why}{lacking}" + ("; float64: the formula" if backend in ("cuda", "triton") else "")
+
+
 def backend_info(*, build: bool = False) -> BackendInfo:
     """Which implementation serves each loss here, and why: ``{loss: {device: (backend, reason)}}``; ``str()`` is a
     table.
 
-    With ``build=True`` kernels that would be built on first use are built now.
+    Without a GPU, the "cuda" rows say what would serve on one. With ``build=True`` kernels that would be built on first
+    use are built now.
     """
     if build:
         native.load("cpu")
-    status = native.status("cpu")
-    if _forced == "reference":
-        cpu = ("reference", "forced")
-    elif status.state == "failed" or not native.expected("cpu"):
-        cpu = ("reference", status.reason if status.state == "failed" else native.forecast())
-    elif status.state == "loaded":
-        cpu = ("cpu", f"{status.reason}, {native.cpu_capability()}; float32, bfloat16, float16, float64")
-    else:
-        cpu = ("cpu", native.forecast())
-    other = ("reference", "no kernel in this version: the PyTorch formula, which runs on any device")
-    return BackendInfo({loss: {"cpu": cpu, "cuda": other} for loss in LOSSES})
+        native.load("cuda")
+    return BackendInfo({loss: {"cpu": _info_cpu(), "cuda": _info_cuda(loss)} for loss in LOSSES})

@@ -84,10 +84,11 @@ def _misfit(path: Path, here: cuda.Gpus) -> str | None:
     """Why a CUDA object cannot serve the GPUs that are here, by its record."""
     try:
         record = json.loads(builder.record_of(path).read_text())
-        codes, toolkit = list(record["architectures"]), [int(part) for part in record["cuda"].split(".")]
+        codes, toolkit = record["architectures"], tuple(int(part) for part in record["cuda"].split("."))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return "it has no record of what it was built with"
-    return cuda.misfit(codes, toolkit, here)
+        return "has no record of what it was built with"
+    reason = cuda.misfit(codes, toolkit, here)
+    return reason and f"was built {reason}"
 
 
 def built_with(path: Path) -> str:
@@ -106,38 +107,53 @@ def built_with(path: Path) -> str:
 def _obstacle_to_building(name: str) -> str | None:
     if os.environ.get("KDKERNELS_JIT") == "0":
         return "not built at install, and KDKERNELS_JIT=0 forbids building now"
-    reason = builder.obstacle(name)
-    if reason or name == "cpu":
-        return reason
-    here = gpus()
-    try:
-        codes, _ = builder.cuda_architectures(() if isinstance(here, str) else here.capabilities)
-    except builder.BuildError as error:
-        return str(error)
-    return None if isinstance(here, str) else cuda.misfit(codes, cuda.release(cuda.nvcc()), here)
+    return builder.obstacle(name)
 
 
-def obstacle(name: str) -> str | None:
-    """Why `load(name)` would fail now, or None; nothing is built. On CUDA: on GPUs like those that are here."""
+def _architectures(here: cuda.Gpus | str) -> list[str]:
+    """What to build the CUDA kernels for now. Raises Misfit or BuildError where that would be no use here."""
+    present = () if isinstance(here, str) else here.capabilities
+    codes, _ = builder.cuda_architectures(present)
+    if not isinstance(here, str) and (reason := cuda.misfit(codes, cuda.release(cuda.nvcc()), here)):
+        raise Misfit(f"they would be built {reason}")
+    return codes
+
+
+def prospects(name: str) -> tuple[bool, str]:
+    """Whether `load(name)` would succeed, and why, in words; nothing is built. Without a GPU, CUDA kernels are spoken
+    of as if there were one.
+    """
+    entry = _status[name]
+    if entry.state != "unloaded":
+        built = f" {built_with(entry.path)}" if name == "cuda" and entry.path else ""
+        return entry.state == "loaded", entry.reason + built
+    here = gpus() if name == "cuda" else ""
+    path = shipped(name)
+    if path.exists() and (isinstance(here, str) or _misfit(path, here) is None):
+        return True, "built at install" + (f" {built_with(path)}" if name == "cuda" else "")
+    if reason := _obstacle_to_building(name):
+        return False, reason
     if name == "cuda":
-        here = gpus()
-        if isinstance(here, str):
-            return here
-        if shipped(name).exists() and _misfit(shipped(name), here) is None:
-            return None
-    elif shipped(name).exists():
-        return None
-    return _obstacle_to_building(name)
+        try:
+            if not isinstance(here, str):
+                _architectures(here)
+        except builder.BuildError as error:
+            return False, str(error)
+        return (
+            True,
+            f"will be loaded from the cache or built on first use, by nvcc {cuda.dotted(cuda.release(cuda.nvcc()))}",
+        )
+    return True, "will be loaded from the cache or built on first use"
 
 
 def _cuda_expected() -> bool:
-    return obstacle("cuda") is None
+    return not isinstance(gpus(), str) and prospects("cuda")[0]
 
 
 # What torch.compiler.assume_constant_result sets: Dynamo calls the function and does not trace it. The decorator itself
 # imports Dynamo, which takes a second.
 _cuda_expected._dynamo_marked_constant = True
-_cpu_expected = obstacle("cpu") is None
+_cpu_expected = prospects("cpu")[0]
 
 
 def expected(name: str) -> bool:
@@ -147,17 +163,14 @@ def expected(name: str) -> bool:
     return _cpu_expected if name == "cpu" else _cuda_expected()
 
 
-def forecast(name: str = "cpu") -> str:
-    """In words: what `load(name)` would do now."""
-    reason = obstacle(name)
-    if reason:
-        return reason
-    if shipped(name).exists() and (name == "cpu" or _misfit(shipped(name), gpus()) is None):
-        return "built at install" + (f" {built_with(shipped(name))}" if name == "cuda" else "")
-    return "will be loaded from the cache or built on first use"
-
-
 # Loading.
+
+
+def registered(op: str, name: str) -> bool:
+    """Whether the object `name`, which is loaded, has a kernel for an op."""
+    import torch
+
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"kdkernels::{op}", name.upper())
 
 
 def _register(name: str, path: Path) -> Path:
@@ -177,7 +190,7 @@ def _register(name: str, path: Path) -> Path:
     if name == "cpu":
         # Opened now: by the time somebody asks, another file may have taken this path, and would be a second copy.
         _handle[name] = ctypes.CDLL(str(path))
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("kdkernels::masked_mse", name.upper()):
+    if not registered("masked_mse", name):
         raise builder.BuildError(f"{path} loaded but registered no kernels")
     return path
 
@@ -188,7 +201,7 @@ def _one_line(error: Exception) -> str:
 
 def _fitting(name: str, path: Path) -> Path:
     if name == "cuda" and (reason := _misfit(path, gpus())):
-        raise Misfit(f"{path} was {reason}" if reason.startswith("built") else f"{path}: {reason}")
+        raise Misfit(f"{path} {reason}")
     return path
 
 
@@ -197,11 +210,7 @@ def _obtain(name: str) -> Path:
     reason = _obstacle_to_building(name)
     if reason:
         raise builder.BuildError(reason)
-    if name == "cpu":
-        return cache.obtain()
-    here = gpus()
-    codes, _ = builder.cuda_architectures(() if isinstance(here, str) else here.capabilities)
-    return cache.obtain(name, codes)
+    return cache.obtain() if name == "cpu" else cache.obtain(name, _architectures(gpus()))
 
 
 def _find(name: str) -> tuple[Path, str]:
@@ -217,7 +226,7 @@ def _find(name: str) -> tuple[Path, str]:
         path = _obtain(name)
     except builder.BuildError as error:
         if isinstance(unfit, Misfit):
-            raise Misfit(f"{_one_line(unfit)}; and a new one cannot be built: {_one_line(error)}") from None
+            raise Misfit(f"{unfit}; and a new one cannot be built: {error}") from None
         raise
     return _register(name, _fitting(name, path)), "built on first use"
 
@@ -272,14 +281,12 @@ def load(name: str = "cpu") -> bool:
     return entry.state == "loaded"
 
 
-def build_ahead(name: str) -> str:
-    """Builds into the cache what `load(name)` would build, for $KDKERNELS_CUDA_ARCHS without a GPU too; says how it
-    went.
-    """
+def build_ahead() -> str:
+    """Builds the CUDA kernels for $KDKERNELS_CUDA_ARCHS into the cache, whatever GPUs are here; says how it went."""
     try:
-        path = _obtain(name)
+        path = _obtain("cuda")
     except (OSError, RuntimeError) as error:
-        return _one_line(error)
+        return f"not built: {_one_line(error)}"
     return f"{path}, built {built_with(path)}"
 
 

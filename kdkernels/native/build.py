@@ -295,6 +295,7 @@ def _first_error(log: str) -> str:
     for pattern in (
         r".*(?:undefined reference|: cannot find ).*",
         r".*\berror: .*",
+        r"ptxas .*, line \d+; .*",
         r"(?:nvcc|ptxas|nvlink) (?:error|fatal) .*",
         r"ninja: fatal.*",
         r"FAILED: (\S+)",

@@ -70,11 +70,11 @@ def nvcc() -> list[str] | None:
     spec = importlib.util.find_spec("nvidia")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         candidates += sorted(glob.glob(os.path.join(folder, "cu*", "bin", "nvcc")), reverse=True)
-    for candidate in candidates:
-        path = shutil.which(candidate)
-        if path:
-            return [path]
-    return None
+    found = [[path] for path in map(shutil.which, candidates) if path]
+    # A distribution's own may be years old: what is too old serves only for saying so.
+    return next(
+        (command for command in found if (release(command) or (0, 0)) >= OLDEST_NVCC), found[0] if found else None
+    )
 
 
 @functools.cache
@@ -211,13 +211,13 @@ def runs_on(code: str, capability: Capability) -> bool:
     return made_for <= capability
 
 
-def misfit(codes: Sequence[str], toolkit: Sequence[int], gpus: Gpus) -> str | None:
-    """Why an object for `codes`, built by the CUDA of version `toolkit`, cannot serve these GPUs, or None.
+def misfit(codes: Sequence[str], toolkit: Capability, gpus: Gpus) -> str | None:
+    """Why what is built for `codes` by the CUDA of version `toolkit` cannot serve these GPUs, or None. The words follow
+    "built".
 
     A driver runs code of any toolkit of its own major version, but translates PTX of its own version or older only.
     """
-    built = f"built for {', '.join(codes) or 'no architecture'} with CUDA {dotted(toolkit)}"
-    toolkit = tuple(toolkit)
+    built = f"for {', '.join(codes) or 'nothing'} with CUDA {dotted(toolkit)}"
     if gpus.driver and gpus.driver[0] < toolkit[0]:
         return f"{built}, but the driver here runs CUDA {dotted(gpus.driver)} at most"
     for index, capability in enumerate(gpus.capabilities):
