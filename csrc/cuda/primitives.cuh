@@ -59,6 +59,25 @@ KD_DEVICE float shuffle_xor(float value, int bits) {
 #endif
 }
 
+// Bit i: whether lane i said yes. The whole warp must take part.
+KD_DEVICE uint32_t ballot(bool yes) {
+#if defined(__CUDACC__)
+  return __ballot_sync(0xffffffffu, yes);
+#else
+  uint32_t lanes = uint32_t(yes) << (emulator::thread_index() % warp_size);
+  for (int bits = 1; bits < warp_size; bits *= 2) lanes |= emulator::shuffle_xor(lanes, bits);
+  return lanes;
+#endif
+}
+
+KD_DEVICE int count_bits(uint32_t word) {
+#if defined(__CUDACC__)
+  return __popc(word);
+#else
+  return __builtin_popcount(word);
+#endif
+}
+
 // The block's dynamic shared memory, aligned to 16 bytes. Its content is undefined until it is written.
 template <class T>
 KD_DEVICE T* shared_memory() {
@@ -201,6 +220,23 @@ KD_DEVICE void store16(void* address, const Bytes16& x) {
 #endif
 }
 
+// Copies 16 bytes from global to shared memory, past the registers where the machine can. They are there for this
+// thread after copies_wait, for the block after a barrier behind that.
+KD_DEVICE void copy16_to_shared(void* to, const void* from) {
+#if defined(__CUDACC__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint32_t(__cvta_generic_to_shared(to))), "l"(from));
+#elif defined(__CUDACC__)
+  *static_cast<Bytes16*>(to) = load16(from);
+#else
+  emulator::store16(to, emulator::load16<Bytes16>(from));
+#endif
+}
+KD_DEVICE void copies_wait() {
+#if defined(__CUDACC__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
 // Eight neighbouring elements as floats: one 16-byte access of 16-bit elements, two of float32. What every kernel moves
 // at a time; the address must be a multiple of 16.
 constexpr int vector_size = 8;
@@ -297,6 +333,14 @@ inline int compute_capability() {
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   return 10 * major + minor;
 }
+// What a kernel runs as: the device's, or older where a driver translated it from the PTX of an older architecture.
+template <class K>
+int capability_of(K kernel) {
+  cudaFuncAttributes attributes = {};
+  if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess) return 0;
+  const int device = compute_capability();
+  return attributes.ptxVersion < device ? attributes.ptxVersion : device;
+}
 inline int processors() {
   int device = 0, count = 0;
   cudaGetDevice(&device);
@@ -310,6 +354,10 @@ const char* launch(void (*kernel)(P...), const Launch& how, A... arguments) {
   return emulator::run(how.blocks, how.threads, how.shared_bytes, how.cluster, [&] { kernel(P(arguments)...); });
 }
 inline int compute_capability() { return emulator::compute_capability(); }
+template <class K>
+int capability_of(K) {
+  return compute_capability();
+}
 inline int processors() { return 4; }
 #endif
 

@@ -21,7 +21,7 @@ struct Place {
 };
 
 template <class G, class S, class T>
-KD_GLOBAL(row_threads, 4)
+KD_GLOBAL(row_threads, 3)
 gradients_of_line(const G gradient, const S* student, const T* teacher, S* grad, int64_t rows, int columns) {
   const int64_t count = rows * columns;
   // Vectors begin where `grad` is at a multiple of 16 bytes; the first one may begin before the line.
@@ -51,14 +51,14 @@ gradients_of_line(const G gradient, const S* student, const T* teacher, S* grad,
       const Piece& p = piece[b];
       if (!p.any()) continue;
       const unsigned place = unsigned(start.column) + unsigned(p.first + p.begin - begin);
-      int64_t r = start.row + place / unsigned(columns);
+      int r = int(place / unsigned(columns));  // behind the first
       int column = int(place % unsigned(columns)) - p.begin;
-      typename G::Row row = gradient.row(r);
+      typename G::Row row = gradient.row(start.row + r);
       Vector g;
       KD_UNROLL for (int i = 0; i < vector_size; ++i) {
         if (column == columns) {
           column = 0;
-          if (++r < rows) row = gradient.row(r);
+          if (start.row + ++r < rows) row = gradient.row(start.row + r);
         }
         g.x[i] = gradient(row, x[b].x[i], y[b].x[i], column);
         ++column;
@@ -70,7 +70,7 @@ gradients_of_line(const G gradient, const S* student, const T* teacher, S* grad,
 
 // Threads of a group per row, and `parts` blocks for the rows that have blocks.
 template <class G, class S, class T>
-KD_GLOBAL(row_threads, 4)
+KD_GLOBAL(row_threads, 3)
 gradients_of_rows(const RowPlan plan, const G gradient, const RowView student, const RowView teacher,
                   const RowView grad) {
   const int64_t group = block_index() / plan.parts;

@@ -25,9 +25,10 @@ struct RowResults {
   float* parts;
 };
 
+// with_blocks: whether a group may have more than a warp.
 // Once a group's sums are complete: looks again where the row asks for it. Every thread of the block takes part. The
 // group's first thread gets the row's value; others, and groups without a row, get 0.
-template <class Loss, class S, class T>
+template <bool with_blocks, class Loss, class S, class T>
 KD_DEVICE float finish_row(const RowPlan& plan, const Loss& loss, const typename Loss::Row& row, int64_t r, bool inside,
                            const typename Loss::Sums& sums, const RowSides<S, T>& sides, Share share,
                            Exchange& exchange, const RowResults& results) {
@@ -39,7 +40,7 @@ KD_DEVICE float finish_row(const RowPlan& plan, const Loss& loss, const typename
       loss.add_again(second, row, sums, look, s, t, at);
     });
   }
-  if (!plan.block) {
+  if (!with_blocks || !plan.block) {
     merge_lanes(second, plan.lanes);
   } else if (look.again) {  // all threads of the row's blocks have the same sums
     exchange.merge(second, plan.cluster);
@@ -60,7 +61,7 @@ KD_DEVICE void store_group(const RowResults& results, int64_t group, bool leader
 }
 
 template <class Loss, class S, class T>
-KD_GLOBAL(row_threads, 4)
+KD_GLOBAL(row_threads, 3)
 rows_in_place(const RowPlan plan, const Loss loss, const RowView student, const RowView teacher, Pass pass,
               RowResults results) {
   Exchange exchange{shared_memory<float>(), 0};
@@ -96,35 +97,26 @@ rows_in_place(const RowPlan plan, const Loss loss, const RowView student, const 
       if (thread == 0) Exchange::put(sums, results.parts + (r * plan.parts + rank) * exchange_floats);
       continue;
     }
-    total += finish_row(plan, loss, row, r, inside, sums, sides, share, exchange, results);
+    total += finish_row<true>(plan, loss, row, r, inside, sums, sides, share, exchange, results);
   }
   if (pass == Pass::parts) return;
   store_group(results, group, rank == 0, total, exchange.memory);
   if (plan.cluster > 1) cluster_sync();  // the other blocks have read what this one has
 }
 
-// Copies neighbouring elements to shared memory, as far from a multiple of 16 bytes as they were, and says where the
-// first is. `area` has 30 bytes more than they need.
+// Starts to copy neighbouring elements to shared memory, as far from a multiple of 16 bytes as they were, and says
+// where the first will be. `area` has 30 bytes more than they need.
 template <class T>
 KD_DEVICE const T* stage(const T* from, int count, char* area) {
-  constexpr int per_vector = 16 / int(sizeof(T)), batch = 4;
+  constexpr int per_vector = 16 / int(sizeof(T));
   const int ahead = int(reinterpret_cast<uintptr_t>(from) % 16);
   T* to = reinterpret_cast<T*>(area + ahead);
   int head = (16 - ahead) % 16 / int(sizeof(T));
   if (head > count) head = count;
-  const int vectors = (count - head) / per_vector;
-  KD_NO_UNROLL for (int first = thread_index(); first < vectors; first += batch * row_threads) {
-    Bytes16 bytes[batch];
-    KD_UNROLL for (int b = 0; b < batch; ++b) {
-      const int v = first + b * row_threads;
-      if (v < vectors) bytes[b] = load16(from + head + v * per_vector);
-    }
-    KD_UNROLL for (int b = 0; b < batch; ++b) {
-      const int v = first + b * row_threads;
-      if (v < vectors) *reinterpret_cast<Bytes16*>(to + head + v * per_vector) = bytes[b];
-    }
+  const int moved = (count - head) / per_vector * per_vector, rest = count - moved;  // the rest: at most 14
+  for (int i = thread_index() * per_vector; i < moved; i += row_threads * per_vector) {
+    copy16_to_shared(to + head + i, from + head + i);
   }
-  const int moved = vectors * per_vector, rest = count - moved;  // at most 14
   if (thread_index() < rest) {
     const int i = thread_index() < head ? thread_index() : thread_index() + moved;
     to[i] = from[i];
@@ -133,7 +125,7 @@ KD_DEVICE const T* stage(const T* from, int count, char* area) {
 }
 
 template <class Loss, class S, class T>
-KD_GLOBAL(row_threads, 4)
+KD_GLOBAL(row_threads, 3)
 rows_staged(const RowPlan plan, const Loss loss, const RowView student, const RowView teacher, RowResults results) {
   Exchange exchange{shared_memory<float>(), 0};
   char* area_s = shared_memory<char>() + exchange_bytes;
@@ -150,6 +142,7 @@ rows_staged(const RowPlan plan, const Loss loss, const RowView student, const Ro
     const int64_t begin = first * plan.columns;
     const S* s = stage(reinterpret_cast<const S*>(student.data) + begin, count * plan.columns, area_s);
     const T* t = stage(reinterpret_cast<const T*>(teacher.data) + begin, count * plan.columns, area_t);
+    copies_wait();
     block_sync();
     const int wanted = thread_index() / plan.lanes;
     const bool inside = wanted < count;
@@ -161,7 +154,7 @@ rows_staged(const RowPlan plan, const Loss loss, const RowView student, const Ro
     walk_row<1>(sides, share,
                 [&](const auto& x, const auto& y, const Columns& at) { loss.add(sums, row, x, y, at, plan.columns); });
     merge_lanes(sums, plan.lanes);
-    total += finish_row(plan, loss, row, first + local, inside, sums, sides, share, exchange, results);
+    total += finish_row<false>(plan, loss, row, first + local, inside, sums, sides, share, exchange, results);
   }
   store_group(results, block_index(), true, total, exchange.memory);
 }
