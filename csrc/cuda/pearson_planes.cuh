@@ -1,0 +1,181 @@
+// Pearson's kernels over planes: a team of threads per chunk of a channel (channel.cuh).
+#pragma once
+
+#include "channel.cuh"
+#include "moments.cuh"
+
+KD_NAMESPACE_BEGIN
+
+// What the backward keeps of a channel, as cpu/pearson.cpp does: gradient = factor_s * (((s - shift_s) - rest_s) *
+// scale_s) - factor_t * (((t - shift_t) - rest_t) * scale_t).
+enum Statistic : int { shift_s, rest_s, scale_s, factor_s, shift_t, rest_t, scale_t, factor_t, statistics_per_channel };
+
+struct Gradient {
+  float row[statistics_per_channel];
+
+  KD_DEVICE void read(const float* statistics) {
+    KD_UNROLL for (int k = 0; k < statistics_per_channel; ++k) row[k] = statistics[k];
+  }
+  KD_DEVICE float operator()(float upstream, float s, float t) const {
+    const float a = ((s - row[shift_s]) - row[rest_s]) * row[scale_s];
+    const float b = ((t - row[shift_t]) - row[rest_t]) * row[scale_t];
+    return upstream * (row[factor_s] * a - row[factor_t] * b);
+  }
+};
+
+// How often a chunk may be read: about a guess, about what that found, and with a slope where the guess was so far off
+// that there was none.
+constexpr int most_passes = 3;
+
+// Where the sums of a team begin: at the means of a sample that is spread over its chunk, up to a warp's vectors. Each
+// warp of a team reads the same sample and finds the same base. All threads take part.
+template <class S, class T>
+KD_DEVICE Base sampled_base(const PlaneTeam& team) {
+  const ChannelSegment& segment = team.segment;
+  const int lanes = team.size < warp_size ? team.size : warp_size;
+  Vector s, t;
+  Piece p{0, 0, 0};
+  Base base;
+  if (team.count > 0) {
+    // A sample's mean is of differences to one of the values: exact where all are equal.
+    const Place start = team.place(0);
+    const S* first_s = team.line<const S>(segment.student, start.line);
+    const T* first_t = team.line<const T>(segment.teacher, start.line);
+    int element = team.piece(first_s, start.vector).first;
+    element = element < 0 ? 0 : element < segment.length ? element : segment.length - 1;
+    base.s.from = to_float(first_s[element * segment.student.stride[3]]);
+    base.t.from = to_float(first_t[element * segment.teacher.stride[3]]);
+    const Place at = team.place(int(int64_t(team.count) * (team.lane % lanes) / lanes));
+    const S* line_s = team.line<const S>(segment.student, at.line);
+    p = team.piece(line_s, at.vector);
+    if (p.any()) {
+      s = load_piece(line_s, segment.student.stride[3], p);
+      t = load_piece(team.line<const T>(segment.teacher, at.line), segment.teacher.stride[3], p);
+    }
+  }
+  float x = 0, y = 0, xx = 0, yy = 0, xy = 0;
+  KD_UNROLL for (int i = 0; i < vector_size; ++i) {
+    const bool inside = i >= p.begin && i < p.end;
+    x += inside ? s.x[i] - base.s.from : 0.0f;
+    y += inside ? t.x[i] - base.t.from : 0.0f;
+  }
+  const float count = sum_of_lanes(p.any() ? float(p.end - p.begin) : 0.0f, lanes);
+  x = sum_of_lanes(x, lanes) / count;
+  y = sum_of_lanes(y, lanes) / count;
+  move(base.s, x, false, 0);
+  move(base.t, y, false, 0);
+  KD_UNROLL for (int i = 0; i < vector_size; ++i) {
+    const bool inside = i >= p.begin && i < p.end;
+    const float a = inside ? base.s(s.x[i]) : 0.0f, b = inside ? base.t(t.x[i]) : 0.0f;
+    xx += a * a;
+    yy += b * b;
+    xy += a * b;
+  }
+  base.slope = slope_of_sample(sum_of_lanes(xx, lanes), sum_of_lanes(yy, lanes), sum_of_lanes(xy, lanes));
+  return base;
+}
+
+// One read of the team's chunk by this thread. `count`: its samples.
+template <int batch, class S, class T>
+KD_DEVICE PairSums sum_pieces(const PlaneTeam& team, const Base& base, float& count) {
+  PairSums sums;
+  int found = 0;
+  team.for_pieces<batch, S, T>([&](int64_t, const Piece& p, Vector& s, Vector& t) {
+    if (!p.whole()) {  // what stands where nothing was read is 0 about the base
+      KD_UNROLL for (int i = 0; i < vector_size; ++i) {
+        const bool inside = i >= p.begin && i < p.end;
+        s.x[i] = inside ? s.x[i] : base.s.from;
+        t.x[i] = inside ? t.x[i] : base.t.from;
+      }
+    }
+    sums.add(base, s.x, t.x);
+    found += p.end - p.begin;
+  });
+  count = float(found);
+  return sums;
+}
+
+// The sums of the whole team, in each of its threads. `scratch`: 16 floats per warp.
+KD_DEVICE void sum_team(const PlaneTeam& team, PairSums& sums, float& count, float* scratch) {
+  const int lanes = team.size < warp_size ? team.size : warp_size;
+  sums.each_sum([&](float& x) { x = sum_of_lanes(x, lanes); });
+  sums.each_maximum([&](float& x) { x = maximum_of_lanes(x, lanes); });
+  count = sum_of_lanes(count, lanes);
+  if (team.size <= warp_size) return;
+  const int warp = thread_index() / warp_size, warps = team.size / warp_size, first = warp / warps * warps;
+  if (thread_index() % warp_size == 0) {
+    float* slot = scratch + warp * 16;
+    int k = 0;
+    sums.each_sum([&](float& x) { slot[k++] = x; });
+    sums.each_maximum([&](float& x) { slot[k++] = x; });
+    slot[k] = count;
+  }
+  block_sync();
+  sums = PairSums();
+  count = 0;
+  for (int w = first; w < first + warps; ++w) {
+    const float* slot = scratch + w * 16;
+    PairSums other;
+    int k = 0;
+    other.each_sum([&](float& x) { x = slot[k++]; });
+    other.each_maximum([&](float& x) { x = slot[k++]; });
+    sums.add(other);
+    count += slot[k];
+  }
+}
+
+// Whether any thread of the block says so. `scratch`: a float per warp, which must not be in use.
+KD_DEVICE bool any_of_block(bool mine, float* scratch) {
+  const float found = sum_of_lanes(mine ? 1.0f : 0.0f);
+  if (thread_index() % warp_size == 0) scratch[thread_index() / warp_size] = found;
+  block_sync();
+  float total = 0;
+  for (int w = 0; w < block_threads() / warp_size; ++w) total += scratch[w];
+  return total > 0;
+}
+
+constexpr int plane_warps = plane_threads / warp_size, plane_floats = plane_warps * 17;
+
+template <class S, class T>
+KD_GLOBAL(plane_threads, 3)
+pearson_plane_sums(const ChannelTable table, float* results) {
+  constexpr int batch = 2;
+  const PlaneTeam team(find_segment(table));
+  float* scratch = shared_memory<float>();
+  Base base = sampled_base<S, T>(team);
+  PairSums sums;
+  float count;
+  for (int pass = 1;; ++pass) {
+    sums = sum_pieces<batch, S, T>(team, base, count);
+    sum_team(team, sums, count, scratch);
+    const Base before = base;
+    const bool again = pass < most_passes && count > 0 && improve(base, sums, count);
+    if (!any_of_block(again, scratch + plane_warps * 16)) {
+      base = before;
+      break;
+    }
+  }
+  const ChannelSegment& segment = team.segment;
+  if (team.count == 0 || team.lane != 0) return;
+  float* partial = results + segment.first_result + team.chunk * partial_floats * segment.channels + team.channel;
+  each_of_partial(base, sums, count, [&](int k, float value) { partial[k * segment.channels] = value; });
+}
+
+template <class S, class T>
+KD_GLOBAL(plane_threads, 3)
+pearson_plane_gradients(const ChannelTable table, const float* grad_loss, const float* statistics) {
+  constexpr int batch = 2;
+  const PlaneTeam team(find_segment(table));
+  if (team.count == 0) return;
+  const ChannelSegment& segment = team.segment;
+  Gradient gradient;
+  gradient.read(statistics + (segment.first_channel + team.channel) * statistics_per_channel);
+  const float upstream = *grad_loss;
+  team.for_pieces<batch, S, T>([&](int64_t line, const Piece& p, const Vector& s, const Vector& t) {
+    Vector g;
+    KD_UNROLL for (int i = 0; i < vector_size; ++i) g.x[i] = gradient(upstream, s.x[i], t.x[i]);
+    store_piece(team.line<S>(segment.grad, line), segment.grad.stride[3], p, g);
+  });
+}
+
+KD_NAMESPACE_END
