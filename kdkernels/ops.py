@@ -112,10 +112,13 @@ def kernel_dtypes(student: torch.dtype, teacher: torch.dtype, backend: str = "cp
     return student in _KERNEL_DTYPES[backend] and (teacher == student or teacher == torch.float32)
 
 
-@functools.cache
+# Looked for once, at import: Dynamo traces what reads it, and warns of a functools.cache. triton is not imported.
+_has_triton = importlib.util.find_spec("triton") is not None
+
+
 def _triton_obstacle() -> str | None:
-    """Why Triton kernels cannot run here, or None. Cheap: triton is not imported."""
-    return None if importlib.util.find_spec("triton") else "triton is not installed (pip install 'kdkernels[triton]')"
+    """Why Triton kernels cannot run here, or None."""
+    return None if _has_triton else "triton is not installed (pip install 'kdkernels[triton]')"
 
 
 def _obstacle(backend: str) -> str | None:
@@ -263,7 +266,7 @@ def _info_cuda(loss: str) -> tuple[str, str]:
     if _forced == "cpu":
         return "none", "cpu is forced"
     here = native.gpus()
-    major = None if isinstance(here, str) else torch.cuda.get_device_capability()[0]
+    major = None if isinstance(here, str) else here.capabilities[0][0]
     entry = choices.choice(loss, major)
     second = "triton" if entry.backend == "cuda" else "cuda"
     lacking = ""
