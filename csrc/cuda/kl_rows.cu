@@ -216,6 +216,7 @@ struct KlGradientRow {
 
 struct KlGradient {
   using Row = KlGradientRow;
+  static constexpr int batch = 2;
   const float* statistics;
   const float* grad_loss;
   bool per_row;

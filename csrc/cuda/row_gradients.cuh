@@ -2,7 +2,8 @@
 // Where rows follow each other in all three tensors they are one line, whatever their width; else rows are taken as in
 // the forward.
 //
-// A Gradient, which travels by value, has Row row(r) and float operator()(row, s, t, column).
+// A Gradient, which travels by value, has Row row(r), float operator()(row, s, t, column), whose column may lie outside
+// the row where the result is not used, and `batch`, the vectors that a thread has in flight.
 #pragma once
 
 #include "pieces.cuh"
@@ -10,8 +11,8 @@
 
 KD_NAMESPACE_BEGIN
 
-// Vectors that a thread has in flight, and takes in all.
-constexpr int gradient_batch = 2, gradient_vectors = 4;
+// Vectors that a thread takes, one batch after the other.
+constexpr int gradient_vectors = 4;
 constexpr int gradient_span = row_threads * vector_size * gradient_vectors;
 
 // Position in a line of rows.
@@ -35,10 +36,10 @@ gradients_of_line(const G gradient, const S* student, const T* teacher, S* grad,
   S* out = grad + origin;
   const int begin = int(first - origin);
   const int end = int(count - origin < gradient_span ? count - origin : gradient_span);
-  KD_NO_UNROLL for (int b0 = 0; b0 < gradient_vectors; b0 += gradient_batch) {
-    Piece piece[gradient_batch];
-    Vector x[gradient_batch], y[gradient_batch];
-    KD_UNROLL for (int b = 0; b < gradient_batch; ++b) {
+  KD_NO_UNROLL for (int b0 = 0; b0 < gradient_vectors; b0 += G::batch) {
+    Piece piece[G::batch];
+    Vector x[G::batch], y[G::batch];
+    KD_UNROLL for (int b = 0; b < G::batch; ++b) {
       Piece& p = piece[b];
       p.first = ((b0 + b) * row_threads + thread_index()) * vector_size;
       p.begin = p.first < begin ? begin - p.first : 0;
@@ -47,7 +48,7 @@ gradients_of_line(const G gradient, const S* student, const T* teacher, S* grad,
       x[b] = load_piece(s, 1, p);
       y[b] = load_piece(t, 1, p);
     }
-    KD_UNROLL for (int b = 0; b < gradient_batch; ++b) {
+    KD_UNROLL for (int b = 0; b < G::batch; ++b) {
       const Piece& p = piece[b];
       if (!p.any()) continue;
       const unsigned place = unsigned(start.column) + unsigned(p.first + p.begin - begin);

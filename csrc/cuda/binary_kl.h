@@ -1,0 +1,19 @@
+// The entry points of binary_kl.cu.
+#pragma once
+
+#include "../arguments.h"
+
+namespace kdkernels {
+namespace cuda {
+
+// Floats of workspace that a forward needs.
+int64_t binary_kl_workspace(const RowPair& pair);
+
+// Each returns what went wrong, or null. coefficients: one number per row, for the backward.
+const char* binary_kl_forward(const RowPair& pair, double temperature, const RowReduction& reduction, float* workspace,
+                              float* loss, float* coefficients, void* stream);
+const char* binary_kl_backward(const RowPair& pair, double temperature, const float* grad_loss, bool per_row,
+                               const float* coefficients, void* stream);
+
+}  // namespace cuda
+}  // namespace kdkernels

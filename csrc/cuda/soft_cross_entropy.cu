@@ -1,0 +1,297 @@
+// Class-weighted soft cross-entropy with a hard part, on the GPU: each logit is read once forward, once backward. A
+// small launch counts the labels that are not ignored, where the mean divides by them.
+#include "soft_cross_entropy.h"
+
+#include "../math/soft_cross_entropy.h"
+#include "row_counts.cuh"
+#include "row_gradients.cuh"
+#include "row_kernels.cuh"
+
+KD_NAMESPACE_BEGIN
+
+namespace {
+
+// gradient = soft * (exp2((s - shift_s) k) * mass_s - w_c exp2((t - shift_t) k) * inverse_t)
+//          + hard * (exp2((s - shift_s) log2 e) * inverse_hard - [c is the label])
+enum Statistic : int { shift_s, mass_s, shift_t, inverse_t, inverse_hard, soft, hard, alive, statistics_per_row };
+
+struct SoftSums {
+  SoftCrossEntropyState<float> state;
+  float k;
+
+  KD_DEVICE void clear() { state = SoftCrossEntropyState<float>(); }
+  template <class F>
+  KD_DEVICE void rebase(const F& maximum) {
+    const float s = maximum(state.student.maximum), t = maximum(state.teacher.maximum);
+    state.raise(s, t, k);
+  }
+  template <class F>
+  KD_DEVICE void each_sum(const F& f) {
+    f(state.student.sum);
+    f(state.teacher.sum);
+    f(state.dot);
+    f(state.weighted);
+    f(state.hard_sum);
+  }
+  template <class F>
+  KD_DEVICE void all(F f) {
+    f(state.student.maximum);
+    f(state.teacher.maximum);
+    each_sum(f);
+  }
+};
+static_assert(7 <= exchange_floats, "all of them fit");
+
+// Half the dot of a row whose first one left float32, of probabilities.
+struct SoftSecond {
+  float half_dot;
+
+  KD_DEVICE void clear() { half_dot = 0; }
+  template <class F>
+  KD_DEVICE void rebase(const F&) {}
+  template <class F>
+  KD_DEVICE void each_sum(const F& f) {
+    f(half_dot);
+  }
+  template <class F>
+  KD_DEVICE void all(F f) {
+    f(half_dot);
+  }
+};
+
+struct SoftContext {
+  float factor, mix;
+};
+
+struct SoftRow {
+  float scale, mix;
+  int label;  // -1: none, or out of range
+  bool valid, skip;
+};
+
+struct SoftLook {
+  bool again;
+};
+
+KD_DEVICE int label_of(const int64_t* target, int64_t r, int columns) {
+  const int64_t label = target ? target[r] : -1;
+  return label >= 0 && label < columns ? int(label) : -1;
+}
+
+struct SoftLoss {
+  using Context = SoftContext;
+  using Row = SoftRow;
+  using Sums = SoftSums;
+  using Look = SoftLook;
+  using Second = SoftSecond;
+
+  float temperature, inverse, k;
+  bool separate;  // the hard part's exponents are not the soft part's
+  int columns;
+  const float* class_weight;
+  const int64_t* target;
+  int64_t ignore_index;
+  DeviceScalar hard_weight;
+  RowFactor factor;
+  const float* counts;  // of labels that are not ignored; null where the factor does not need them
+  int counters;
+  float classes;  // that a counted mean divides by as well
+  const float* weight;
+  float* statistics;
+
+  KD_DEVICE SoftContext context() const {
+    SoftContext context{factor.get(), scalar_value(hard_weight)};
+    if (counts) {
+      const float counted = counted_rows(counts, counters);
+      context.factor = counted <= 0 ? 0.0f : 1.0f / (counted * classes);
+    }
+    return context;
+  }
+
+  KD_DEVICE SoftRow row(const SoftContext& context, int64_t r) const {
+    SoftRow row{weight ? context.factor * weight[r] : context.factor, context.mix, label_of(target, r, columns), true,
+                false};
+    row.valid = !target || row.label >= 0;
+    row.skip = target && target[r] == ignore_index;
+    return row;
+  }
+
+  KD_DEVICE SoftSums start(const SoftRow&) const { return {SoftCrossEntropyState<float>(), k}; }
+
+  // The class weights of n columns.
+  template <int n>
+  KD_DEVICE void weights_of(const Columns& at, float (&w)[n]) const {
+    KD_UNROLL for (int i = 0; i < n; ++i) {
+      const int column = at(i);
+      w[i] = !class_weight ? 1.0f : column < columns ? class_weight[column] : 0.0f;
+    }
+  }
+
+  template <int n>
+  KD_DEVICE void add(SoftSums& sums, const SoftRow&, const float (&s)[n], const float (&t)[n], const Columns& at,
+                     int) const {
+    SoftCrossEntropyState<float>& state = sums.state;
+    float w[n];
+    weights_of(at, w);
+    float most_s = s[0], most_t = t[0];
+    KD_UNROLL for (int i = 1; i < n; ++i) {
+      most_s = fmaxf(most_s, s[i]);
+      most_t = fmaxf(most_t, t[i]);
+    }
+    if (most_s > state.student.maximum || most_t > state.teacher.maximum) state.raise(most_s, most_t, k);
+    const float from_s = state.student.shift(), from_t = state.teacher.shift();
+    float sum_s = 0, sum_t = 0, dot = 0, weighted = 0, hard_sum = 0;
+    KD_UNROLL for (int i = 0; i < n; ++i) {
+      const float ds = s[i] - from_s;
+      const float et = exp2_nonpositive((t[i] - from_t) * k), wet = w[i] * et;
+      sum_s += exp2_nonpositive(ds * k);
+      sum_t += et;
+      weighted += wet;
+      dot += soft_term(wet, ds);
+      if (separate) hard_sum += exp2_nonpositive(ds * float(log2_e));
+    }
+    state.student.sum += sum_s;
+    state.teacher.sum += sum_t;
+    state.weighted += weighted;
+    state.dot += dot;
+    state.hard_sum += separate ? hard_sum : sum_s;
+  }
+
+  KD_DEVICE SoftLook look(const SoftRow&, const SoftSums& sums) const {
+    return {!sums.state.empty() && magnitude(sums.state.dot) == INFINITY};
+  }
+
+  template <int n>
+  KD_DEVICE void add_again(SoftSecond& second, const SoftRow&, const SoftSums& sums, const SoftLook&,
+                           const float (&s)[n], const float (&t)[n], const Columns& at) const {
+    const float from_s = sums.state.student.shift(), from_t = sums.state.teacher.shift();
+    const float inverse_sum = 1.0f / sums.state.teacher.sum;
+    float w[n];
+    weights_of(at, w);
+    KD_UNROLL for (int i = 0; i < n; ++i) {
+      const float p = exp2_nonpositive((t[i] - from_t) * k) * inverse_sum;
+      second.half_dot += soft_term(w[i] * p, 0.5f * s[i] - 0.5f * from_s);
+    }
+  }
+
+  template <class Sides>
+  KD_DEVICE float finish(const SoftRow& row, int64_t r, const SoftSums& sums, const SoftLook& look,
+                         const SoftSecond& second, const Sides& sides) const {
+    const SoftCrossEntropyState<float>& state = sums.state;
+    float* kept = statistics + r * statistics_per_row;
+    if (row.skip || state.empty()) {
+      KD_UNROLL for (int i = 0; i < statistics_per_row; ++i) kept[i] = 0;
+      return 0;
+    }
+    const float inverse_sum = 1.0f / state.teacher.sum, mass = state.weighted * inverse_sum;
+    float soft_part = state.soft(inverse);
+    if (look.again) {
+      soft_part = (mass == 0 ? 0.0f : mass * logf(state.student.sum)) - second.half_dot * (2 * inverse);
+    }
+    // A factor of 0 silences an infinite part, as in the formula, but never NaN.
+    float value = row.mix == 1 ? (soft_part == soft_part ? 0.0f : soft_part) : (1 - row.mix) * soft_part;
+    if (row.label >= 0 && row.mix != 0) value += row.mix * state.hard(to_float(sides.s[row.label * sides.step_s]));
+    kept[shift_s] = state.student.shift();
+    kept[mass_s] = mass / state.student.sum;
+    kept[shift_t] = state.teacher.shift();
+    kept[inverse_t] = inverse_sum;
+    kept[inverse_hard] = 1.0f / state.hard_sum;
+    kept[soft] = row.valid ? row.scale * (1 - row.mix) * inverse : NAN;
+    kept[hard] = target ? row.scale * row.mix : 0.0f;
+    kept[alive] = 1;
+    return row.valid ? row.scale * value : NAN;
+  }
+};
+
+struct CountedRow {
+  const int64_t* target;
+  int64_t ignore_index;
+  KD_DEVICE bool operator()(int64_t row) const { return target[row] != ignore_index; }
+};
+
+struct SoftGradientRow {
+  float from_s, mass, from_t, inverse, soft, hard, hard_scale;
+  int label;
+  bool live;
+};
+
+struct SoftGradient {
+  using Row = SoftGradientRow;
+  static constexpr int batch = 1;
+  float k;
+  int columns;
+  const float* class_weight;
+  const int64_t* target;
+  const float* statistics;
+  const float* grad_loss;
+  bool per_row;
+
+  KD_DEVICE SoftGradientRow row(int64_t r) const {
+    const float* kept = statistics + r * statistics_per_row;
+    const float upstream = grad_loss[per_row ? r : 0], h = upstream * kept[hard];
+    return {kept[shift_s],          kept[mass_s],
+            kept[shift_t],          kept[inverse_t],
+            upstream * kept[soft],  h,
+            h * kept[inverse_hard], kept[hard] != 0 ? label_of(target, r, columns) : -1,
+            kept[alive] != 0};
+  }
+  KD_DEVICE float operator()(const SoftGradientRow& row, float s, float t, int column) const {
+    if (!row.live) return 0;  // ignored, or an all -inf side
+    const float w = class_weight && column >= 0 && column < columns ? class_weight[column] : 1.0f;
+    const float ds = s - row.from_s;
+    float g =
+        row.soft * (exp2_nonpositive(ds * k) * row.mass - w * (exp2_nonpositive((t - row.from_t) * k) * row.inverse));
+    if (row.label >= 0) g += exp2_nonpositive(ds * float(log2_e)) * row.hard_scale;
+    return column == row.label ? g - row.hard : g;
+  }
+};
+
+// Whether the mean divides by rows that must be counted.
+bool counts_rows(const SoftCrossEntropyOptions& options) {
+  return options.target && !options.reduction.has_average &&
+         (options.reduction.kind == RowReduction::mean_rows || options.reduction.kind == RowReduction::mean_elements);
+}
+
+}  // namespace
+
+int64_t soft_cross_entropy_workspace(const RowPair& pair, const SoftCrossEntropyOptions& options) {
+  return rows_workspace(plan_rows(pair, compute_capability())) + (counts_rows(options) ? row_counters(pair.rows) : 0);
+}
+
+const char* soft_cross_entropy_forward(const RowPair& pair, const SoftCrossEntropyOptions& options, float* workspace,
+                                       float* result, float* statistics, void* stream) {
+  const RowPlan plan = plan_rows(pair, compute_capability());
+  SoftLoss loss{};
+  loss.temperature = float(options.temperature);
+  loss.inverse = float(1 / options.temperature);
+  loss.k = float(log2_e / options.temperature);
+  loss.separate = options.temperature != 1;
+  loss.columns = int(pair.columns);
+  loss.class_weight = static_cast<const float*>(options.class_weight);
+  loss.target = options.target;
+  loss.ignore_index = options.ignore_index;
+  loss.hard_weight = options.hard_weight;
+  loss.factor = row_factor(options.reduction, double(pair.rows), double(pair.columns));
+  loss.classes = options.reduction.kind == RowReduction::mean_elements ? float(pair.columns) : 1.0f;
+  loss.weight = static_cast<const float*>(pair.weight);
+  loss.statistics = statistics;
+  if (counts_rows(options)) {
+    float* counts = workspace + rows_workspace(plan);
+    loss.counts = counts;
+    loss.counters = row_counters(pair.rows);
+    const CountedRow counted{options.target, options.ignore_index};
+    if (const char* e = launch_count_rows(counted, pair.rows, counts, stream)) return e;
+  }
+  return launch_rows(plan, pair, loss, options.reduction.kind == RowReduction::none, workspace, result, stream);
+}
+
+const char* soft_cross_entropy_backward(const RowPair& pair, double temperature, const float* class_weight,
+                                        const int64_t* target, const float* grad_loss, bool per_row,
+                                        const float* statistics, void* stream) {
+  return launch_gradients(pair,
+                          SoftGradient{float(log2_e / temperature), int(pair.columns), class_weight, target, statistics,
+                                       grad_loss, per_row},
+                          stream);
+}
+
+KD_NAMESPACE_END

@@ -1,0 +1,20 @@
+// The entry points of soft_cross_entropy.cu.
+#pragma once
+
+#include "../arguments.h"
+
+namespace kdkernels {
+namespace cuda {
+
+// Floats of workspace that a forward needs.
+int64_t soft_cross_entropy_workspace(const RowPair& pair, const SoftCrossEntropyOptions& options);
+
+// Each returns what went wrong, or null. statistics: eight numbers per row, for the backward.
+const char* soft_cross_entropy_forward(const RowPair& pair, const SoftCrossEntropyOptions& options, float* workspace,
+                                       float* loss, float* statistics, void* stream);
+const char* soft_cross_entropy_backward(const RowPair& pair, double temperature, const float* class_weight,
+                                        const int64_t* target, const float* grad_loss, bool per_row,
+                                        const float* statistics, void* stream);
+
+}  // namespace cuda
+}  // namespace kdkernels

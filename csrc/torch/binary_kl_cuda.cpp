@@ -1,0 +1,44 @@
+// binary_kl for the CUDA dispatch key. Schema: kdkernels/losses/binary_kl.py.
+#include "../cuda/binary_kl.h"
+
+#include "cuda.h"
+#include "rows.h"
+
+namespace kdkernels {
+namespace {
+
+std::tuple<Tensor, Tensor> binary_kl(Tensor student, Tensor teacher, double temperature, std::optional<Tensor> weight,
+                                     int64_t reduction, std::optional<double> avg_factor,
+                                     std::optional<Tensor> avg_factor_tensor) {
+  const RowPair pair = row_pair(student, teacher, weight);
+  STD_TORCH_CHECK(!pair.wide, "float64 has no kernel on a GPU");
+  const RowReduction reduced = row_reduction(reduction, avg_factor, avg_factor_tensor);
+  const Gpu gpu(student);
+  Tensor loss = new_loss(student, pair.wide, reduction);
+  Tensor coefficients = new_statistics(student, pair, 1);
+  Tensor workspace = new_workspace(student, cuda::binary_kl_workspace(pair));
+  check_launch(cuda::binary_kl_forward(pair, temperature, reduced, floats_of(workspace), floats_of(loss),
+                                       floats_of(coefficients), gpu.stream()));
+  return {loss, coefficients};
+}
+
+Tensor binary_kl_backward(Tensor grad_loss, Tensor student, Tensor teacher, double temperature, Tensor coefficients,
+                          bool per_row) {
+  RowPair pair = row_pair(student, teacher, std::nullopt);
+  STD_TORCH_CHECK(!pair.wide, "float64 has no kernel on a GPU");
+  check_backward(pair, grad_loss, per_row, coefficients, 1);
+  const Gpu gpu(student);
+  Tensor grad = torch::stable::empty_like(student);
+  pair.grad = row_view(grad);
+  check_launch(cuda::binary_kl_backward(pair, temperature, floats_of(grad_loss), per_row, floats_of(coefficients),
+                                        gpu.stream()));
+  return grad;
+}
+
+}  // namespace
+}  // namespace kdkernels
+
+KD_GPU_LIBRARY(m) {
+  m.impl("binary_kl", TORCH_BOX(&kdkernels::binary_kl));
+  m.impl("binary_kl_backward", TORCH_BOX(&kdkernels::binary_kl_backward));
+}
