@@ -105,13 +105,54 @@ inline ChannelSegment plan_pixels(const FeatureLevel& level, int64_t elements) {
   return s;
 }
 
-// Planes.
+// A piece as it lies in memory: 16-bit floats take half the registers until they are used.
+template <class S>
+struct Packed {
+  static constexpr int words = vector_size * int(sizeof(S)) / 4;
+  uint32_t word[words];
 
-// A vector of a channel's samples.
-struct Place {
-  int64_t line;
-  int vector;
+  // `wide`: the line's elements follow each other, and whole pieces of it are aligned.
+  KD_DEVICE void load(const S* line, int64_t step, const Piece& p, bool wide) {
+    if (p.whole() && wide) {
+      KD_UNROLL for (int k = 0; k < words; k += 4) {
+        const Bytes16 bytes = load16(reinterpret_cast<const uint32_t*>(line + p.first) + k);
+        KD_UNROLL for (int j = 0; j < 4; ++j) word[k + j] = bytes.word[j];
+      }
+      return;
+    }
+    KD_UNROLL for (int k = 0; k < words; ++k) word[k] = 0;
+    KD_UNROLL for (int i = 0; i < vector_size; ++i) {
+      if (i >= p.begin && i < p.end) put(i, line[(p.first + i) * step]);
+    }
+  }
+  KD_DEVICE Vector unpacked() const {
+    Vector v;
+    KD_UNROLL for (int i = 0; i < vector_size; ++i) v.x[i] = get(i, S{});
+    return v;
+  }
+
+ private:
+  KD_DEVICE void put(int i, float x) { memcpy(&word[i], &x, 4); }
+  template <class H>
+  KD_DEVICE void put(int i, H x) {
+    word[i / 2] |= uint32_t(x.bits) << (i % 2 * 16);
+  }
+  KD_DEVICE float get(int i, float x) const {
+    memcpy(&x, &word[i], 4);
+    return x;
+  }
+  template <class H>
+  KD_DEVICE float get(int i, H) const {
+    return to_float(H{uint16_t(word[i / 2] >> (i % 2 * 16))});
+  }
 };
+
+template <class S>
+KD_DEVICE bool starts_vector(const S* line, int64_t step) {
+  return step == 1 && reinterpret_cast<uintptr_t>(line) % 16 == 0;
+}
+
+// Planes.
 
 // What a team works on. A team beyond the channels has no vectors.
 struct PlaneTeam {
@@ -131,61 +172,109 @@ struct PlaneTeam {
     const int64_t rest = s.lines * s.vectors - first;
     count = channel < s.channels ? int(rest < s.chunk ? rest : s.chunk) : 0;
   }
+};
 
-  KD_DEVICE Place place(int index) const {
-    const int64_t at = first + index;
-    return {at / segment.vectors, int(at % segment.vectors)};
-  }
+// One tensor's side of a channel.
+template <class S>
+struct PlaneSide {
+  S* channel;
+  int64_t picture, row, step;  // strides
+  S* line;                     // of the current one: where its vector 0 begins, at most a vector before its element 0
+  bool wide;
 
-  template <class S>
-  KD_DEVICE S* line(const FeatureView& view, int64_t index) const {
-    const int64_t n = segment.merged ? index : index / segment.height, y = segment.merged ? 0 : index % segment.height;
-    return reinterpret_cast<S*>(view.data) + n * view.stride[0] + channel * view.stride[1] + y * view.stride[2];
-  }
+  KD_DEVICE PlaneSide(const FeatureView& view, int64_t index)
+      : channel(reinterpret_cast<S*>(view.data) + index * view.stride[1]),
+        picture(view.stride[0]),
+        row(view.stride[2]),
+        step(view.stride[3]) {}
 
-  // Laid so that `line` is aligned where the piece begins.
-  template <class S>
-  KD_DEVICE Piece piece(const S* line, int vector) const {
-    const int ahead = int(reinterpret_cast<uintptr_t>(line) / sizeof(S) % vector_size);
-    Piece p;
-    p.first = vector * vector_size - ahead;
-    p.begin = p.first < 0 ? -p.first : 0;
-    p.end = segment.length - p.first < vector_size ? segment.length - p.first : vector_size;
-    return p;
-  }
-
-  // Calls body(line's index, piece, student, teacher) for each of this thread's pieces, `batch` of them in flight.
-  // Elements outside a piece are undefined.
-  template <int batch, class S, class T, class F>
-  KD_DEVICE void for_pieces(const F& body) const {
-    Place at = place(lane);
-    const int lines_on = size / segment.vectors, vectors_on = size % segment.vectors;
-    KD_NO_UNROLL for (int i = lane; i < count; i += batch * size) {
-      int64_t line[batch];
-      Piece p[batch];
-      Vector s[batch], t[batch];
-      KD_UNROLL for (int b = 0; b < batch; ++b) {
-        p[b] = Piece{0, 0, 0};
-        if (i + b * size >= count) continue;
-        line[b] = at.line;
-        const S* line_s = this->line<const S>(segment.student, at.line);
-        p[b] = piece(line_s, at.vector);
-        if (p[b].any()) {
-          s[b] = load_piece(line_s, segment.student.stride[3], p[b]);
-          t[b] = load_piece(this->line<const T>(segment.teacher, at.line), segment.teacher.stride[3], p[b]);
-        }
-        at.line += lines_on;
-        at.vector += vectors_on;
-        if (at.vector >= segment.vectors) {
-          at.vector -= segment.vectors;
-          ++at.line;
-        }
-      }
-      KD_UNROLL for (int b = 0; b < batch; ++b) {
-        if (p[b].any()) body(line[b], p[b], s[b], t[b]);
-      }
-    }
+  KD_DEVICE void go_to(int n, int y) { line = channel + n * picture + y * row; }
+  KD_DEVICE void go_back(int elements) {
+    line -= elements * step;
+    wide = starts_vector(line, step);
   }
 };
+
+// Walks over a channel's vectors. Its line's addresses are worked out when it comes to the line, not for each vector.
+template <class S, class T>
+struct PlaneCursor {
+  const ChannelSegment& segment;
+  PlaneSide<const S> s;
+  PlaneSide<const T> t;
+  PlaneSide<S> g;
+  int line, vector, ahead;  // ahead: elements of the line's vector 0 that lie before the line
+
+  KD_DEVICE PlaneCursor(const PlaneTeam& team, int index)
+      : segment(team.segment),
+        s(segment.student, team.channel),
+        t(segment.teacher, team.channel),
+        g(segment.grad, team.channel) {
+    const int64_t at = team.first + index;
+    line = int(at / segment.vectors);
+    vector = int(at % segment.vectors);
+    find_line();
+  }
+
+  KD_DEVICE void find_line() {
+    const int n = segment.merged ? line : line / segment.height, y = segment.merged ? 0 : line % segment.height;
+    s.go_to(n, y);
+    t.go_to(n, y);
+    g.go_to(n, y);
+    ahead = s.step == 1 ? int(reinterpret_cast<uintptr_t>(s.line) / sizeof(S) % vector_size) : 0;
+    s.go_back(ahead);
+    t.go_back(ahead);
+    g.go_back(ahead);
+  }
+
+  // `lines` and `vectors` further. Not beyond the last line.
+  KD_DEVICE void go_on(int lines, int vectors) {
+    vector += vectors;
+    line += lines;
+    const bool next = vector >= segment.vectors;
+    if (next) {
+      vector -= segment.vectors;
+      ++line;
+    }
+    if (next || lines > 0) find_line();
+  }
+
+  KD_DEVICE Piece piece() const {
+    Piece p;
+    p.first = vector * vector_size;
+    p.begin = p.first < ahead ? ahead - p.first : 0;
+    const int left = segment.length + ahead - p.first;
+    p.end = left < vector_size ? left : vector_size;
+    return p;
+  }
+};
+
+// Calls body(piece, student, teacher, the gradient's line, its step, whether whole pieces of it are vectors) for each
+// of this thread's pieces, `batch` of them in flight. Elements outside a piece are undefined.
+template <int batch, class S, class T, class F>
+KD_DEVICE void for_pieces(const PlaneTeam& team, const F& body) {
+  if (team.lane >= team.count) return;
+  PlaneCursor<S, T> at(team, team.lane);
+  const int lines_on = team.size / team.segment.vectors, vectors_on = team.size % team.segment.vectors;
+  KD_NO_UNROLL for (int i = team.lane; i < team.count; i += batch * team.size) {
+    Piece p[batch];
+    Packed<S> s[batch];
+    Packed<T> t[batch];
+    S* g[batch];
+    bool wide[batch];
+    KD_UNROLL for (int b = 0; b < batch; ++b) {
+      p[b] = Piece{0, 0, 0};
+      if (i + b * team.size >= team.count) continue;
+      if (i > team.lane || b > 0) at.go_on(lines_on, vectors_on);
+      p[b] = at.piece();
+      g[b] = at.g.line;
+      wide[b] = at.g.wide;
+      s[b].load(at.s.line, at.s.step, p[b], at.s.wide);
+      t[b].load(at.t.line, at.t.step, p[b], at.t.wide);
+    }
+    KD_UNROLL for (int b = 0; b < batch; ++b) {
+      if (p[b].any()) body(p[b], s[b].unpacked(), t[b].unpacked(), g[b], wide[b]);
+    }
+  }
+}
 
 KD_NAMESPACE_END

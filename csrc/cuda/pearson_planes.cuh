@@ -38,20 +38,19 @@ KD_DEVICE Base sampled_base(const PlaneTeam& team) {
   Base base;
   if (team.count > 0) {
     // A sample's mean is of differences to one of the values: exact where all are equal.
-    const Place start = team.place(0);
-    const S* first_s = team.line<const S>(segment.student, start.line);
-    const T* first_t = team.line<const T>(segment.teacher, start.line);
-    int element = team.piece(first_s, start.vector).first;
-    element = element < 0 ? 0 : element < segment.length ? element : segment.length - 1;
-    base.s.from = to_float(first_s[element * segment.student.stride[3]]);
-    base.t.from = to_float(first_t[element * segment.teacher.stride[3]]);
-    const Place at = team.place(int(int64_t(team.count) * (team.lane % lanes) / lanes));
-    const S* line_s = team.line<const S>(segment.student, at.line);
-    p = team.piece(line_s, at.vector);
-    if (p.any()) {
-      s = load_piece(line_s, segment.student.stride[3], p);
-      t = load_piece(team.line<const T>(segment.teacher, at.line), segment.teacher.stride[3], p);
-    }
+    const PlaneCursor<S, T> start(team, 0);
+    const Piece one = start.piece();
+    const int element = one.first + one.begin, last = start.ahead + segment.length - 1;
+    base.s.from = to_float(start.s.line[(element < last ? element : last) * start.s.step]);
+    base.t.from = to_float(start.t.line[(element < last ? element : last) * start.t.step]);
+    const PlaneCursor<S, T> at(team, int(int64_t(team.count) * (team.lane % lanes) / lanes));
+    p = at.piece();
+    Packed<S> packed_s;
+    Packed<T> packed_t;
+    packed_s.load(at.s.line, at.s.step, p, at.s.wide);
+    packed_t.load(at.t.line, at.t.step, p, at.t.wide);
+    s = packed_s.unpacked();
+    t = packed_t.unpacked();
   }
   float x = 0, y = 0, xx = 0, yy = 0, xy = 0;
   KD_UNROLL for (int i = 0; i < vector_size; ++i) {
@@ -80,7 +79,7 @@ template <int batch, class S, class T>
 KD_DEVICE PairSums sum_pieces(const PlaneTeam& team, const Base& base, float& count) {
   PairSums sums;
   int found = 0;
-  team.for_pieces<batch, S, T>([&](int64_t, const Piece& p, Vector& s, Vector& t) {
+  for_pieces<batch, S, T>(team, [&](const Piece& p, Vector s, Vector t, S*, bool) {
     if (!p.whole()) {  // what stands where nothing was read is 0 about the base
       KD_UNROLL for (int i = 0; i < vector_size; ++i) {
         const bool inside = i >= p.begin && i < p.end;
@@ -137,9 +136,9 @@ KD_DEVICE bool any_of_block(bool mine, float* scratch) {
 constexpr int plane_warps = plane_threads / warp_size, plane_floats = plane_warps * 17;
 
 template <class S, class T>
-KD_GLOBAL(plane_threads, 3)
+KD_GLOBAL(plane_threads, 2)
 pearson_plane_sums(const ChannelTable table, float* results) {
-  constexpr int batch = 2;
+  constexpr int batch = sizeof(T) == 2 ? 4 : 2;
   const PlaneTeam team(find_segment(table));
   float* scratch = shared_memory<float>();
   Base base = sampled_base<S, T>(team);
@@ -148,12 +147,8 @@ pearson_plane_sums(const ChannelTable table, float* results) {
   for (int pass = 1;; ++pass) {
     sums = sum_pieces<batch, S, T>(team, base, count);
     sum_team(team, sums, count, scratch);
-    const Base before = base;
     const bool again = pass < most_passes && count > 0 && improve(base, sums, count);
-    if (!any_of_block(again, scratch + plane_warps * 16)) {
-      base = before;
-      break;
-    }
+    if (!any_of_block(again, scratch + plane_warps * 16)) break;
   }
   const ChannelSegment& segment = team.segment;
   if (team.count == 0 || team.lane != 0) return;
@@ -162,19 +157,25 @@ pearson_plane_sums(const ChannelTable table, float* results) {
 }
 
 template <class S, class T>
-KD_GLOBAL(plane_threads, 3)
+KD_GLOBAL(plane_threads, 2)
 pearson_plane_gradients(const ChannelTable table, const float* grad_loss, const float* statistics) {
-  constexpr int batch = 2;
+  constexpr int batch = sizeof(T) == 2 ? 4 : 2;
   const PlaneTeam team(find_segment(table));
   if (team.count == 0) return;
   const ChannelSegment& segment = team.segment;
   Gradient gradient;
   gradient.read(statistics + (segment.first_channel + team.channel) * statistics_per_channel);
   const float upstream = *grad_loss;
-  team.for_pieces<batch, S, T>([&](int64_t line, const Piece& p, const Vector& s, const Vector& t) {
+  for_pieces<batch, S, T>(team, [&](const Piece& p, const Vector& s, const Vector& t, S* to, bool wide) {
     Vector g;
     KD_UNROLL for (int i = 0; i < vector_size; ++i) g.x[i] = gradient(upstream, s.x[i], t.x[i]);
-    store_piece(team.line<S>(segment.grad, line), segment.grad.stride[3], p, g);
+    if (p.whole() && wide) {
+      store_vector(to + p.first, g);
+    } else {
+      KD_UNROLL for (int i = 0; i < vector_size; ++i) {
+        if (i >= p.begin && i < p.end) to[(p.first + i) * segment.grad.stride[3]] = from_float<S>(g.x[i]);
+      }
+    }
   });
 }
 
