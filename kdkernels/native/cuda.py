@@ -23,6 +23,7 @@ OLDEST_CAPABILITY = (8, 0)
 OLDEST_NVCC = (12, 1)
 # What "all" stands for, as far as an nvcc knows them; the newest also as PTX, for GPUs that are newer still.
 ALL = ("80", "86", "89", "90", "100", "120")
+_USUAL = "/usr/local/cuda/bin/nvcc"
 _FAMILIES = {
     "ampere": "8.0;8.6+PTX",
     "ada": "8.9+PTX",
@@ -66,7 +67,7 @@ def nvcc() -> list[str] | None:
         path = shutil.which(name)
         return [path, *arguments] if path else None
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    candidates = [os.path.join(home, "bin", "nvcc") for home in homes] + ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    candidates = [os.path.join(home, "bin", "nvcc") for home in homes] + ["nvcc", _USUAL]
     spec = importlib.util.find_spec("nvidia")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         candidates += sorted(glob.glob(os.path.join(folder, "cu*", "bin", "nvcc")), reverse=True)
