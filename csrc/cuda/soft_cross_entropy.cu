@@ -118,21 +118,14 @@ struct SoftLoss {
 
   KD_DEVICE SoftSums start(const SoftRow&) const { return {SoftCrossEntropyState<float>(), k}; }
 
-  // The class weights of n columns.
-  template <int n>
-  KD_DEVICE void weights_of(const Columns& at, float (&w)[n]) const {
-    KD_UNROLL for (int i = 0; i < n; ++i) {
-      const int column = at(i);
-      w[i] = !class_weight ? 1.0f : column < columns ? class_weight[column] : 0.0f;
-    }
+  KD_DEVICE float weight_of(int column) const {
+    return !class_weight ? 1.0f : column < columns ? class_weight[column] : 0.0f;
   }
 
   template <int n>
   KD_DEVICE void add(SoftSums& sums, const SoftRow&, const float (&s)[n], const float (&t)[n], const Columns& at,
                      int) const {
     SoftCrossEntropyState<float>& state = sums.state;
-    float w[n];
-    weights_of(at, w);
     float most_s = s[0], most_t = t[0];
     KD_UNROLL for (int i = 1; i < n; ++i) {
       most_s = fmaxf(most_s, s[i]);
@@ -143,7 +136,7 @@ struct SoftLoss {
     float sum_s = 0, sum_t = 0, dot = 0, weighted = 0, hard_sum = 0;
     KD_UNROLL for (int i = 0; i < n; ++i) {
       const float ds = s[i] - from_s;
-      const float et = exp2_nonpositive((t[i] - from_t) * k), wet = w[i] * et;
+      const float et = exp2_nonpositive((t[i] - from_t) * k), wet = weight_of(at(i)) * et;
       sum_s += exp2_nonpositive(ds * k);
       sum_t += et;
       weighted += wet;
@@ -166,11 +159,9 @@ struct SoftLoss {
                            const float (&s)[n], const float (&t)[n], const Columns& at) const {
     const float from_s = sums.state.student.shift(), from_t = sums.state.teacher.shift();
     const float inverse_sum = 1.0f / sums.state.teacher.sum;
-    float w[n];
-    weights_of(at, w);
     KD_UNROLL for (int i = 0; i < n; ++i) {
       const float p = exp2_nonpositive((t[i] - from_t) * k) * inverse_sum;
-      second.half_dot += soft_term(w[i] * p, 0.5f * s[i] - 0.5f * from_s);
+      second.half_dot += soft_term(weight_of(at(i)) * p, 0.5f * s[i] - 0.5f * from_s);
     }
   }
 
