@@ -11,23 +11,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .numbers import device_function, store_rounded, sum_over, to_float32
+from .numbers import device_function, sum_over
 from .rows import (
     Result,
     exp_remainder,
+    launch,
     on,
     put_values,
     row_scale,
     row_start,
     rows_of,
     scale_of,
-    strip_at,
-    strip_mask,
+    tile_pair,
+    tile_put,
+    tile_rows,
     tile_start,
-    walk_column,
+    tile_starts,
+    walk_begin,
     walk_lanes,
-    walk_split,
-    walk_start,
+    walk_pair,
+    walk_put,
 )
 
 MINUS_LOG2_E = tl.constexpr(-1.4426950408889634074)
@@ -44,23 +47,22 @@ def binary_kl(
 ) -> tuple[Tensor, Tensor]:
     """The loss, and each row's coefficient of the gradient."""
     rows = rows_of(student, teacher)
-    kernel, programs, options = rows.launch(_tile, _walk)
-    result = Result(student, rows.count, reduction, 1, programs)
+    count = student.numel() // rows.columns
+    kernel, programs, constants = launch(rows, count, binary_kl_tile, binary_kl_walk)
+    result = Result(student, count, reduction, 1, programs)
+    scale = scale_of(reduction, count, rows.columns, avg_factor, avg_factor_tensor, weight)
     with on(student):
         if programs:
             kernel[(programs,)](
-                *rows.operands,
-                rows.sizes,
-                rows.count,
-                rows.columns,
+                rows,
+                count,
                 result.statistics,
                 result.values,
-                scale_of(reduction, rows.count, rows.columns, avg_factor, avg_factor_tensor, weight),
+                scale,
                 float(temperature),
                 1 / temperature,
                 KEEP=result.keep,
-                enable_fp_fusion=True,
-                **options,
+                **constants,
             )
         return result.finish()
 
@@ -71,21 +73,11 @@ def binary_kl_backward(
     """The student's gradient."""
     grad = torch.empty_like(student)
     rows = rows_of(student, teacher, grad)
-    kernel, programs, options = rows.launch(_tile_gradient, _walk_gradient)
+    count = student.numel() // rows.columns
+    kernel, programs, constants = launch(rows, count, binary_kl_tile_gradient, binary_kl_walk_gradient)
     if programs:
         with on(student):
-            kernel[(programs,)](
-                *rows.operands,
-                rows.sizes,
-                rows.count,
-                rows.columns,
-                coefficients,
-                grad_loss,
-                1 / temperature,
-                PER_ROW=per_row,
-                enable_fp_fusion=True,
-                **options,
-            )
+            kernel[(programs,)](rows, count, coefficients, grad_loss, 1 / temperature, PER_ROW=per_row, **constants)
     return grad
 
 
@@ -158,13 +150,10 @@ def _slope(s, t, inverse):
     return tl.where((xs > 0.0) & (xt > 0.0), smaller_t - smaller_s, plain)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _tile(
-    student,
-    teacher,
-    sizes,
+@triton.jit(do_not_specialize=["count"])
+def binary_kl_tile(
     rows,
-    columns,
+    count,
     coefficients,
     values,
     scale,
@@ -177,29 +166,21 @@ def _tile(
     COMMON: tl.constexpr,
 ):
     """Several rows."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    live = row < rows
-    start_s, start_t = tile_start(student, row, sizes, COMMON), tile_start(teacher, row, sizes, COMMON)
+    row, live = tile_rows(count, ROWS)
+    starts = tile_starts(rows, row, COMMON)
     total = tl.full([ROWS, CHUNK], 0, tl.float32)
     for j in tl.static_range(STRIPS):
-        column = j * CHUNK + tl.arange(0, CHUNK)
-        inside = strip_mask(live, column, columns, COMMON)
-        s = to_float32(tl.load(strip_at(student, start_s, column), mask=inside, other=0.0))
-        t = to_float32(tl.load(strip_at(teacher, start_t, column), mask=inside, other=0.0))
+        s, t = tile_pair(rows, starts, j * CHUNK + tl.arange(0, CHUNK), live, 0.0, COMMON)
         total += _divergence(s, t, inverse)
     coefficient = row_scale(scale, row, live) * temperature
     tl.store(coefficients + row, coefficient, mask=live)
     put_values(values, coefficient * temperature * sum_over(total, 1), row, live, KEEP)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _tile_gradient(
-    student,
-    teacher,
-    grad,
-    sizes,
+@triton.jit(do_not_specialize=["count"])
+def binary_kl_tile_gradient(
     rows,
-    columns,
+    count,
     coefficients,
     grad_loss,
     inverse,
@@ -210,27 +191,20 @@ def _tile_gradient(
     COMMON: tl.constexpr,
 ):
     """Several rows."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    live = row < rows
-    start_s, start_t = tile_start(student, row, sizes, COMMON), tile_start(teacher, row, sizes, COMMON)
-    start_g = tile_start(grad, row, sizes, COMMON)
+    row, live = tile_rows(count, ROWS)
+    starts, start = tile_starts(rows, row, COMMON), tile_start(rows.other, row, rows.sizes, COMMON)
     coefficient = tl.load((coefficients + row)[:, None], mask=live[:, None], other=0.0)
     coefficient *= tl.load((grad_loss + row * PER_ROW)[:, None], mask=live[:, None], other=0.0)
     for j in tl.static_range(STRIPS):
         column = j * CHUNK + tl.arange(0, CHUNK)
-        inside = strip_mask(live, column, columns, COMMON)
-        s = to_float32(tl.load(strip_at(student, start_s, column), mask=inside, other=0.0))
-        t = to_float32(tl.load(strip_at(teacher, start_t, column), mask=inside, other=0.0))
-        store_rounded(strip_at(grad, start_g, column), coefficient * _slope(s, t, inverse), inside)
+        s, t = tile_pair(rows, starts, column, live, 0.0, COMMON)
+        tile_put(rows, start, column, live, coefficient * _slope(s, t, inverse), COMMON)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _walk(
-    student,
-    teacher,
-    sizes,
+@triton.jit(do_not_specialize=["count"])
+def binary_kl_walk(
     rows,
-    columns,
+    count,
     coefficients,
     values,
     scale,
@@ -243,36 +217,24 @@ def _walk(
     ALIGNED: tl.constexpr,
 ):
     """One wide row."""
-    STEP: tl.constexpr = LANES * VEC
     row = tl.program_id(0).to(tl.int64)
-    start_s, start_t = row_start(student, row, sizes), row_start(teacher, row, sizes)
-    head, main = walk_split(start_s, columns, VEC, STEP, UNIT)
-    main_s = student.data + walk_start(start_s, head, VEC, ALIGNED[0])
-    main_t = teacher.data + walk_start(start_t, head, VEC, ALIGNED[1])
-    lane = walk_lanes(LANES, VEC)
+    begin, lane = walk_begin(rows, row, rows.columns, LANES, VEC, UNIT), walk_lanes(LANES, VEC)
     total = tl.full([LANES], 0, tl.float32)
-    for i in range(0, main, STEP):
-        s, t = to_float32(tl.load(main_s + (i + lane))), to_float32(tl.load(main_t + (i + lane)))
+    for i in range(0, begin[3], LANES * VEC):
+        s, t = walk_pair(rows, begin, i + lane, 0.0, VEC, ALIGNED, True)
         total += sum_over(_divergence(s, t, inverse), 1)
-    for i in range(0, columns - main, STEP):
-        column = walk_column(i + lane, head, main)
-        inside = column < columns
-        s = to_float32(tl.load(student.data + (start_s + column * student.column), mask=inside, other=0.0))
-        t = to_float32(tl.load(teacher.data + (start_t + column * teacher.column), mask=inside, other=0.0))
+    for i in range(0, rows.columns - begin[3], LANES * VEC):
+        s, t = walk_pair(rows, begin, i + lane, 0.0, VEC, ALIGNED, False)
         total += sum_over(_divergence(s, t, inverse), 1)
     coefficient = row_scale(scale, row, True) * temperature
     tl.store(coefficients + row, coefficient)
     tl.store(values + row, coefficient * temperature * sum_over(total, 0))
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _walk_gradient(
-    student,
-    teacher,
-    grad,
-    sizes,
+@triton.jit(do_not_specialize=["count"])
+def binary_kl_walk_gradient(
     rows,
-    columns,
+    count,
     coefficients,
     grad_loss,
     inverse,
@@ -283,23 +245,13 @@ def _walk_gradient(
     ALIGNED: tl.constexpr,
 ):
     """One wide row."""
-    STEP: tl.constexpr = LANES * VEC
     row = tl.program_id(0).to(tl.int64)
     coefficient = tl.load(coefficients + row) * tl.load(grad_loss + row * PER_ROW)
-    start_s, start_t = row_start(student, row, sizes), row_start(teacher, row, sizes)
-    start_g = row_start(grad, row, sizes)
-    head, main = walk_split(start_s, columns, VEC, STEP, UNIT)
-    main_s = student.data + walk_start(start_s, head, VEC, ALIGNED[0])
-    main_t = teacher.data + walk_start(start_t, head, VEC, ALIGNED[1])
-    main_g = grad.data + walk_start(start_g, head, VEC, ALIGNED[2])
-    lane = walk_lanes(LANES, VEC)
-    for i in range(0, main, STEP):
-        s, t = to_float32(tl.load(main_s + (i + lane))), to_float32(tl.load(main_t + (i + lane)))
-        store_rounded(main_g + (i + lane), coefficient * _slope(s, t, inverse), None)
-    for i in range(0, columns - main, STEP):
-        column = walk_column(i + lane, head, main)
-        inside = column < columns
-        s = to_float32(tl.load(student.data + (start_s + column * student.column), mask=inside, other=0.0))
-        t = to_float32(tl.load(teacher.data + (start_t + column * teacher.column), mask=inside, other=0.0))
-        g = coefficient * _slope(s, t, inverse)
-        store_rounded(grad.data + (start_g + column * grad.column), g, inside)
+    begin, lane = walk_begin(rows, row, rows.columns, LANES, VEC, UNIT), walk_lanes(LANES, VEC)
+    start = row_start(rows.other, row, rows.sizes)
+    for i in range(0, begin[3], LANES * VEC):
+        s, t = walk_pair(rows, begin, i + lane, 0.0, VEC, ALIGNED, True)
+        walk_put(rows, start, begin, i + lane, coefficient * _slope(s, t, inverse), VEC, ALIGNED, True)
+    for i in range(0, rows.columns - begin[3], LANES * VEC):
+        s, t = walk_pair(rows, begin, i + lane, 0.0, VEC, ALIGNED, False)
+        walk_put(rows, start, begin, i + lane, coefficient * _slope(s, t, inverse), VEC, ALIGNED, False)

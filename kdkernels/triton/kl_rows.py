@@ -20,20 +20,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .numbers import device_function, max_over, store_rounded, sum_over, to_float32
+from .numbers import device_function, max_over, sum_over
 from .rows import (
     counted,
     exp_remainder,
     put_values,
     row_scale,
     row_start,
-    strip_at,
-    strip_mask,
+    tile_pair,
+    tile_put,
+    tile_rows,
     tile_start,
-    walk_column,
+    tile_starts,
+    walk_begin,
     walk_lanes,
-    walk_split,
-    walk_start,
+    walk_pair,
+    walk_put,
 )
 
 NOTHING = tl.constexpr(float("-inf"))
@@ -54,7 +56,7 @@ class Softness(NamedTuple):
 class Region(NamedTuple):
     """decoupled_kl's two regions: which rows are foreground, each side's weight, and the foreground's softness."""
 
-    flags: Tensor  # bool, one per row
+    flags: Tensor | None  # bool, one per row; None: there are no regions
     counts: Tensor | None  # of the foreground's rows, see rows.counted; None: a region's weight is not divided
     parts: int
     foreground: float
@@ -65,12 +67,12 @@ class Region(NamedTuple):
 
 
 @device_function
-def _options(scale, softness, region, row, rows, live):
+def _options(scale, softness, region, row, count, live):
     """(scale, T, k, 1 / T) of each row."""
     zero = row.to(tl.float32) * 0.0
     factor = row_scale(scale, row, live)
     temperature, k, inverse = zero + softness.temperature, zero + softness.k, zero + softness.inverse
-    if region is not None:
+    if region.flags is not None:
         inside = tl.load(region.flags + row, mask=live, other=0) != 0
         foreground, background = zero + region.foreground, zero + region.background
         if region.foreground_tensor is not None:
@@ -80,46 +82,12 @@ def _options(scale, softness, region, row, rows, live):
         if region.counts is not None:
             number = counted(region.counts, region.parts)
             foreground /= tl.maximum(number, 1.0)
-            background /= tl.maximum(rows - number, 1.0)
+            background /= tl.maximum(count - number, 1.0)
         factor *= tl.where(inside, foreground, background)
         temperature = tl.where(inside, region.softness.temperature, temperature)
         k = tl.where(inside, region.softness.k, k)
         inverse = tl.where(inside, region.softness.inverse, inverse)
     return factor, temperature, k, inverse
-
-
-@device_function
-def _put_statistics(statistics, row, live, shift_s, inverse_s, shift_t, inverse_t, coefficient, k):
-    at = statistics + row * STATISTICS
-    tl.store(at, shift_s, mask=live)
-    tl.store(at + 1, inverse_s, mask=live)
-    tl.store(at + 2, shift_t, mask=live)
-    tl.store(at + 3, inverse_t, mask=live)
-    tl.store(at + 4, coefficient, mask=live)
-    tl.store(at + 5, k, mask=live)
-
-
-@device_function
-def _origin(shift_s, shift_t):
-    """(from_s, from_t, rest): ((s - from_s) - (t - from_t)) - rest is (s - shift_s) - (t - shift_t).
-
-    Whichever difference is taken first leaves the other exact: the logits' where the sides are close as they stand, the
-    maxima's where a common offset lies between them.
-    """
-    between = shift_s - shift_t
-    offset = (between <= -1.0) | (between >= 1.0)
-    return tl.where(offset, shift_s, 0.0), tl.where(offset, shift_t, 0.0), tl.where(offset, 0.0, between)
-
-
-@device_function
-def _close_terms(p, q, u):
-    """A class's share of E[exp(u) - 1 - u] and of E[exp(u) - 1], for teacher's and student's probabilities p, q."""
-    near = tl.abs(u) <= 1.0
-    remainder = exp_remainder(u)
-    gain = tl.where(near, p * (u + remainder), q - p)
-    term = tl.where(near, p * remainder, (q - p) - p * u)
-    # p = 0 contributes what the student has there, whatever u is.
-    return tl.where(p == 0.0, q, term), tl.where(p == 0.0, q, gain)
 
 
 @device_function
@@ -139,22 +107,61 @@ def _value(sum_s, sum_t, dot, inverse):
 
 
 @device_function
-def _strip(student, teacher, start_s, start_t, first, columns, live, CHUNK: tl.constexpr, COMMON: tl.constexpr):
-    """One strip of both sides, from column `first` on; -inf beyond the rows."""
-    column = first + tl.arange(0, CHUNK)
-    inside = strip_mask(live, column, columns, COMMON)
-    s = tl.load(strip_at(student, start_s, column), mask=inside, other=NOTHING)
-    t = tl.load(strip_at(teacher, start_t, column), mask=inside, other=NOTHING)
-    return to_float32(s), to_float32(t)
+def _anew(s, t, shift_s, shift_t, inverse_s, inverse_t, ratio, k, inverse):
+    """Each class's share of E[exp(u) - 1 - u] and of E[exp(u) - 1]."""
+    # u is a difference of logits less that of the maxima. Whichever is taken first leaves the other exact: the logits'
+    # where the sides are close as they stand, the maxima's where a common offset lies between them.
+    between = shift_s - shift_t
+    offset = (between <= -1.0) | (between >= 1.0)
+    from_s, from_t = tl.where(offset, shift_s, 0.0), tl.where(offset, shift_t, 0.0)
+    u = (((s - from_s) - (t - from_t)) - tl.where(offset, 0.0, between)) * inverse - ratio
+    p, q = tl.exp2((t - shift_t) * k) * inverse_t, tl.exp2((s - shift_s) * k) * inverse_s
+    near = tl.abs(u) <= 1.0
+    remainder = exp_remainder(u)
+    gain = tl.where(near, p * (u + remainder), q - p)
+    term = tl.where(near, p * remainder, (q - p) - p * u)
+    # p = 0 contributes what the student has there, whatever u is.
+    return tl.where(p == 0.0, q, term), tl.where(p == 0.0, q, gain)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@device_function
+def _finish(statistics, row, live, some, shift_s, shift_t, inverse_s, inverse_t, kl, options):
+    """Puts the statistics, and returns the value, of each row."""
+    factor, temperature, k, _ = options
+    at = statistics + row * STATISTICS
+    tl.store(at, shift_s, mask=live)
+    tl.store(at + 1, inverse_s, mask=live)
+    tl.store(at + 2, shift_t, mask=live)
+    tl.store(at + 3, inverse_t, mask=live)
+    tl.store(at + 4, factor * temperature, mask=live)
+    tl.store(at + 5, k, mask=live)
+    return tl.where(some, factor * temperature * temperature * tl.where(kl < 0.0, 0.0, kl), 0.0)
+
+
+@device_function
+def _statistics(statistics, grad_loss, row, live, PER_ROW: tl.constexpr):
+    """What the gradient needs of each row, the upstream gradient in the coefficient."""
+    at = statistics + row * STATISTICS
+    shift_s, inverse_s = tl.load(at, mask=live, other=0.0), tl.load(at + 1, mask=live, other=0.0)
+    shift_t, inverse_t = tl.load(at + 2, mask=live, other=0.0), tl.load(at + 3, mask=live, other=0.0)
+    coefficient, k = tl.load(at + 4, mask=live, other=0.0), tl.load(at + 5, mask=live, other=0.0)
+    return shift_s, inverse_s, shift_t, inverse_t, coefficient * tl.load(grad_loss + row * PER_ROW, mask=live), k
+
+
+@device_function
+def _gradient(s, t, row):
+    shift_s, inverse_s, shift_t, inverse_t, coefficient, k = row
+    g = coefficient * (tl.exp2((s - shift_s) * k) * inverse_s - tl.exp2((t - shift_t) * k) * inverse_t)
+    return tl.where((inverse_s == 0.0) & (inverse_t == 0.0), 0.0, g)  # a side all -inf
+
+
+# Tiles: several rows in a program.
+
+
+@triton.jit(do_not_specialize=["count"])
 def kl_tile(
-    student,
-    teacher,
-    sizes,
     rows,
-    columns,
+    count,
     statistics,
     values,
     scale,
@@ -166,63 +173,57 @@ def kl_tile(
     STRIPS: tl.constexpr,
     COMMON: tl.constexpr,
 ):
-    """Several rows. Loads are written where they are used; the compiler keeps what they bring."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    live = row < rows
-    start_s = tile_start(student, row, sizes, COMMON)
-    start_t = tile_start(teacher, row, sizes, COMMON)
-    factor, temperature, k, inverse = _options(scale, softness, region, row, rows, live)
+    """Loads are written where they are used; the compiler keeps what they bring."""
+    row, live = tile_rows(count, ROWS)
+    starts = tile_starts(rows, row, COMMON)
+    options = _options(scale, softness, region, row, count, live)
+    k, inverse = options[2][:, None], options[3]
 
     top_s, top_t = tl.full([ROWS, CHUNK], NOTHING, tl.float32), tl.full([ROWS, CHUNK], NOTHING, tl.float32)
     for j in tl.static_range(STRIPS):
-        s, t = _strip(student, teacher, start_s, start_t, j * CHUNK, columns, live, CHUNK, COMMON)
+        s, t = tile_pair(rows, starts, j * CHUNK + tl.arange(0, CHUNK), live, NOTHING, COMMON)
         top_s, top_t = tl.maximum(top_s, s), tl.maximum(top_t, t)
     shift_s, shift_t = _shift(max_over(top_s, 1)), _shift(max_over(top_t, 1))
 
     sum_s, sum_t = tl.full([ROWS, CHUNK], 0, tl.float32), tl.full([ROWS, CHUNK], 0, tl.float32)
     dot = tl.full([ROWS, CHUNK], 0, tl.float32)
     for j in tl.static_range(STRIPS):
-        s, t = _strip(student, teacher, start_s, start_t, j * CHUNK, columns, live, CHUNK, COMMON)
+        s, t = tile_pair(rows, starts, j * CHUNK + tl.arange(0, CHUNK), live, NOTHING, COMMON)
         ds, dt = s - shift_s[:, None], t - shift_t[:, None]
-        et = tl.exp2(dt * k[:, None])
-        sum_s += tl.exp2(ds * k[:, None])
+        et = tl.exp2(dt * k)
+        sum_s += tl.exp2(ds * k)
         sum_t += et
         dot += tl.where(et == 0.0, 0.0, et * (dt - ds))
-    sum_s, sum_t = sum_over(sum_s, 1), sum_over(sum_t, 1)
-    some, inverse_s, inverse_t, ratio, kl, again = _value(sum_s, sum_t, sum_over(dot, 1), inverse)
-
+    some, inverse_s, inverse_t, ratio, kl, again = _value(
+        sum_over(sum_s, 1), sum_over(sum_t, 1), sum_over(dot, 1), inverse
+    )
     if sum_over(again.to(tl.int32), 0) > 0:
-        from_s, from_t, rest = _origin(shift_s, shift_t)
         terms, gains = tl.full([ROWS, CHUNK], 0, tl.float32), tl.full([ROWS, CHUNK], 0, tl.float32)
         for j in tl.static_range(STRIPS):
-            s, t = _strip(student, teacher, start_s, start_t, j * CHUNK, columns, live, CHUNK, COMMON)
-            u = ((s - from_s[:, None]) - (t - from_t[:, None])) - rest[:, None]
-            p = tl.exp2((t - shift_t[:, None]) * k[:, None]) * inverse_t[:, None]
-            q = tl.exp2((s - shift_s[:, None]) * k[:, None]) * inverse_s[:, None]
-            term, gain = _close_terms(p, q, u * inverse[:, None] - ratio[:, None])
+            s, t = tile_pair(rows, starts, j * CHUNK + tl.arange(0, CHUNK), live, NOTHING, COMMON)
+            term, gain = _anew(
+                s,
+                t,
+                shift_s[:, None],
+                shift_t[:, None],
+                inverse_s[:, None],
+                inverse_t[:, None],
+                ratio[:, None],
+                k,
+                inverse[:, None],
+            )
             terms += term
             gains += gain
         y = sum_over(gains, 1)
         kl = tl.where(again, sum_over(terms, 1) - 0.5 * y * y, kl)
-    kl = tl.where(kl < 0.0, 0.0, kl)
-    value = tl.where(some, factor * temperature * temperature * kl, 0.0)
+    value = _finish(statistics, row, live, some, shift_s, shift_t, inverse_s, inverse_t, kl, options)
     put_values(values, value, row, live, KEEP)
-    _put_statistics(statistics, row, live, shift_s, inverse_s, shift_t, inverse_t, factor * temperature, k)
 
 
-@device_function
-def _gradient(s, t, shift_s, inverse_s, shift_t, inverse_t, coefficient, k):
-    return coefficient * (tl.exp2((s - shift_s) * k) * inverse_s - tl.exp2((t - shift_t) * k) * inverse_t)
-
-
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["count"])
 def kl_tile_gradient(
-    student,
-    teacher,
-    grad,
-    sizes,
     rows,
-    columns,
+    count,
     statistics,
     grad_loss,
     PER_ROW: tl.constexpr,
@@ -231,63 +232,43 @@ def kl_tile_gradient(
     STRIPS: tl.constexpr,
     COMMON: tl.constexpr,
 ):
-    """Several rows."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    live = row < rows
-    start_s = tile_start(student, row, sizes, COMMON)
-    start_t = tile_start(teacher, row, sizes, COMMON)
-    start_g = tile_start(grad, row, sizes, COMMON)
-    at = (statistics + row * STATISTICS)[:, None]
-    shown = live[:, None]
-    shift_s, inverse_s = tl.load(at, mask=shown, other=0.0), tl.load(at + 1, mask=shown, other=0.0)
-    shift_t, inverse_t = tl.load(at + 2, mask=shown, other=0.0), tl.load(at + 3, mask=shown, other=0.0)
-    coefficient, k = tl.load(at + 4, mask=shown, other=0.0), tl.load(at + 5, mask=shown, other=0.0)
-    coefficient *= tl.load(grad_loss + (row * PER_ROW)[:, None], mask=shown, other=0.0)
-    some = (inverse_s != 0.0) | (inverse_t != 0.0)
+    row, live = tile_rows(count, ROWS)
+    starts, start = tile_starts(rows, row, COMMON), tile_start(rows.other, row, rows.sizes, COMMON)
+    known = _statistics(statistics, grad_loss, row[:, None], live[:, None], PER_ROW)
     for j in tl.static_range(STRIPS):
-        s, t = _strip(student, teacher, start_s, start_t, j * CHUNK, columns, live, CHUNK, COMMON)
-        g = tl.where(some, _gradient(s, t, shift_s, inverse_s, shift_t, inverse_t, coefficient, k), 0.0)
         column = j * CHUNK + tl.arange(0, CHUNK)
-        store_rounded(strip_at(grad, start_g, column), g, strip_mask(live, column, columns, COMMON))
+        s, t = tile_pair(rows, starts, column, live, NOTHING, COMMON)
+        tile_put(rows, start, column, live, _gradient(s, t, known), COMMON)
+
+
+# Walks: one wide row in a program.
 
 
 @device_function
-def _add(s, t, top_s, top_t, sum_s, sum_t, dot, k):
+def _add(s, t, sums, k):
     """A step's values into the lanes' sums, which first move under the lanes' new maxima."""
-    new_s, new_t = tl.maximum(top_s, max_over(s, 1)), tl.maximum(top_t, max_over(t, 1))
-    shift_s, shift_t = _shift(new_s), _shift(new_t)
-    sum_s, sum_t, dot = _move(top_s, top_t, sum_s, sum_t, dot, new_s, new_t, shift_s, shift_t, k)
-    ds, dt = s - shift_s[:, None], t - shift_t[:, None]
+    new_s, new_t = tl.maximum(sums[0], max_over(s, 1)), tl.maximum(sums[1], max_over(t, 1))
+    sum_s, sum_t, dot = _move(sums, new_s, new_t, k)
+    ds, dt = s - _shift(new_s)[:, None], t - _shift(new_t)[:, None]
     es, et = tl.exp2(ds * k), tl.exp2(dt * k)
     product = tl.where(et == 0.0, 0.0, et * (dt - ds))
     return new_s, new_t, sum_s + sum_over(es, 1), sum_t + sum_over(et, 1), dot + sum_over(product, 1)
 
 
 @device_function
-def _move(top_s, top_t, sum_s, sum_t, dot, new_s, new_t, shift_s, shift_t, k):
-    """Sums under the maxima (top_s, top_t) as sums under (new_s, new_t)."""
-    factor_s, factor_t = tl.exp2((top_s - shift_s) * k), tl.exp2((top_t - shift_t) * k)
+def _move(sums, new_s, new_t, k):
+    """The lanes' sums under other maxima."""
+    top_s, top_t, sum_s, sum_t, dot = sums
+    factor_s, factor_t = tl.exp2((top_s - _shift(new_s)) * k), tl.exp2((top_t - _shift(new_t)) * k)
     moved = tl.where(new_s > top_s, new_s - top_s, 0.0) - tl.where(new_t > top_t, new_t - top_t, 0.0)
     dot = tl.where(factor_t == 0.0, 0.0, factor_t * (dot + sum_t * moved))
     return sum_s * factor_s, sum_t * factor_t, dot
 
 
-@device_function
-def _add_close(s, t, shift_s, shift_t, from_s, from_t, rest, inverse_s, inverse_t, ratio, k, inverse, terms, gains):
-    """A step's share of the two sums of a row that is summed anew."""
-    u = (((s - from_s) - (t - from_t)) - rest) * inverse - ratio
-    p, q = tl.exp2((t - shift_t) * k) * inverse_t, tl.exp2((s - shift_s) * k) * inverse_s
-    term, gain = _close_terms(p, q, u)
-    return terms + sum_over(term, 1), gains + sum_over(gain, 1)
-
-
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["count"])
 def kl_walk(
-    student,
-    teacher,
-    sizes,
     rows,
-    columns,
+    count,
     statistics,
     values,
     scale,
@@ -299,65 +280,48 @@ def kl_walk(
     UNIT: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """One wide row."""
-    STEP: tl.constexpr = LANES * VEC
     row = tl.program_id(0).to(tl.int64)
-    factor, temperature, k, inverse = _options(scale, softness, region, row, rows, True)
-    start_s, start_t = row_start(student, row, sizes), row_start(teacher, row, sizes)
-    head, main = walk_split(start_s, columns, VEC, STEP, UNIT)
-    main_s = student.data + walk_start(start_s, head, VEC, ALIGNED[0])
-    main_t = teacher.data + walk_start(start_t, head, VEC, ALIGNED[1])
-    lane = walk_lanes(LANES, VEC)
+    options = _options(scale, softness, region, row, count, True)
+    k, inverse = options[2], options[3]
+    begin, lane = walk_begin(rows, row, rows.columns, LANES, VEC, UNIT), walk_lanes(LANES, VEC)
+    rest = rows.columns - begin[3]
 
-    top_s, top_t = tl.full([LANES], NOTHING, tl.float32), tl.full([LANES], NOTHING, tl.float32)
-    sum_s, sum_t = tl.full([LANES], 0, tl.float32), tl.full([LANES], 0, tl.float32)
-    dot = tl.full([LANES], 0, tl.float32)
-    for i in range(0, main, STEP):
-        s, t = to_float32(tl.load(main_s + (i + lane))), to_float32(tl.load(main_t + (i + lane)))
-        top_s, top_t, sum_s, sum_t, dot = _add(s, t, top_s, top_t, sum_s, sum_t, dot, k)
-    for i in range(0, columns - main, STEP):
-        column = walk_column(i + lane, head, main)
-        inside = column < columns
-        s = to_float32(tl.load(student.data + (start_s + column * student.column), mask=inside, other=NOTHING))
-        t = to_float32(tl.load(teacher.data + (start_t + column * teacher.column), mask=inside, other=NOTHING))
-        top_s, top_t, sum_s, sum_t, dot = _add(s, t, top_s, top_t, sum_s, sum_t, dot, k)
-
-    new_s, new_t = max_over(top_s, 0), max_over(top_t, 0)
-    shift_s, shift_t = _shift(new_s), _shift(new_t)
-    sum_s, sum_t, dot = _move(top_s, top_t, sum_s, sum_t, dot, new_s, new_t, shift_s, shift_t, k)
-    sum_s, sum_t, dot = sum_over(sum_s, 0), sum_over(sum_t, 0), sum_over(dot, 0)
-    some, inverse_s, inverse_t, ratio, kl, again = _value(sum_s, sum_t, dot, inverse)
+    least, zero = tl.full([LANES], NOTHING, tl.float32), tl.full([LANES], 0, tl.float32)
+    sums = (least, least, zero, zero, zero)
+    for i in range(0, begin[3], LANES * VEC):
+        s, t = walk_pair(rows, begin, i + lane, NOTHING, VEC, ALIGNED, True)
+        sums = _add(s, t, sums, k)
+    for i in range(0, rest, LANES * VEC):
+        s, t = walk_pair(rows, begin, i + lane, NOTHING, VEC, ALIGNED, False)
+        sums = _add(s, t, sums, k)
+    top_s, top_t = max_over(sums[0], 0), max_over(sums[1], 0)
+    sum_s, sum_t, dot = _move(sums, top_s, top_t, k)
+    shift_s, shift_t = _shift(top_s), _shift(top_t)
+    some, inverse_s, inverse_t, ratio, kl, again = _value(
+        sum_over(sum_s, 0), sum_over(sum_t, 0), sum_over(dot, 0), inverse
+    )
     if again:
-        from_s, from_t, rest = _origin(shift_s, shift_t)
-        terms, gains = tl.full([LANES], 0, tl.float32), tl.full([LANES], 0, tl.float32)
-        for i in range(0, main, STEP):
-            s, t = to_float32(tl.load(main_s + (i + lane))), to_float32(tl.load(main_t + (i + lane)))
-            terms, gains = _add_close(
-                s, t, shift_s, shift_t, from_s, from_t, rest, inverse_s, inverse_t, ratio, k, inverse, terms, gains
-            )
-        for i in range(0, columns - main, STEP):
-            column = walk_column(i + lane, head, main)
-            inside = column < columns
-            s = to_float32(tl.load(student.data + (start_s + column * student.column), mask=inside, other=NOTHING))
-            t = to_float32(tl.load(teacher.data + (start_t + column * teacher.column), mask=inside, other=NOTHING))
-            terms, gains = _add_close(
-                s, t, shift_s, shift_t, from_s, from_t, rest, inverse_s, inverse_t, ratio, k, inverse, terms, gains
-            )
+        terms, gains = zero, zero
+        for i in range(0, begin[3], LANES * VEC):
+            s, t = walk_pair(rows, begin, i + lane, NOTHING, VEC, ALIGNED, True)
+            term, gain = _anew(s, t, shift_s, shift_t, inverse_s, inverse_t, ratio, k, inverse)
+            terms += sum_over(term, 1)
+            gains += sum_over(gain, 1)
+        for i in range(0, rest, LANES * VEC):
+            s, t = walk_pair(rows, begin, i + lane, NOTHING, VEC, ALIGNED, False)
+            term, gain = _anew(s, t, shift_s, shift_t, inverse_s, inverse_t, ratio, k, inverse)
+            terms += sum_over(term, 1)
+            gains += sum_over(gain, 1)
         y = sum_over(gains, 0)
         kl = sum_over(terms, 0) - 0.5 * y * y
-    kl = tl.where(kl < 0.0, 0.0, kl)
-    tl.store(values + row, tl.where(some, factor * temperature * temperature * kl, 0.0))
-    _put_statistics(statistics, row, True, shift_s, inverse_s, shift_t, inverse_t, factor * temperature, k)
+    value = _finish(statistics, row, True, some, shift_s, shift_t, inverse_s, inverse_t, kl, options)
+    tl.store(values + row, value)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["count"])
 def kl_walk_gradient(
-    student,
-    teacher,
-    grad,
-    sizes,
     rows,
-    columns,
+    count,
     statistics,
     grad_loss,
     PER_ROW: tl.constexpr,
@@ -366,33 +330,13 @@ def kl_walk_gradient(
     UNIT: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """One wide row."""
-    STEP: tl.constexpr = LANES * VEC
     row = tl.program_id(0).to(tl.int64)
-    at = statistics + row * STATISTICS
-    shift_s, inverse_s = tl.load(at), tl.load(at + 1)
-    shift_t, inverse_t = tl.load(at + 2), tl.load(at + 3)
-    coefficient, k = tl.load(at + 4), tl.load(at + 5)
-    coefficient *= tl.load(grad_loss + row * PER_ROW)
-    some = (inverse_s != 0.0) | (inverse_t != 0.0)
-    start_s, start_t, start_g = (
-        row_start(student, row, sizes),
-        row_start(teacher, row, sizes),
-        row_start(grad, row, sizes),
-    )
-    head, main = walk_split(start_s, columns, VEC, STEP, UNIT)
-    main_s = student.data + walk_start(start_s, head, VEC, ALIGNED[0])
-    main_t = teacher.data + walk_start(start_t, head, VEC, ALIGNED[1])
-    main_g = grad.data + walk_start(start_g, head, VEC, ALIGNED[2])
-    lane = walk_lanes(LANES, VEC)
-    for i in range(0, main, STEP):
-        s, t = to_float32(tl.load(main_s + (i + lane))), to_float32(tl.load(main_t + (i + lane)))
-        g = _gradient(s, t, shift_s, inverse_s, shift_t, inverse_t, coefficient, k)
-        store_rounded(main_g + (i + lane), tl.where(some, g, 0.0), None)
-    for i in range(0, columns - main, STEP):
-        column = walk_column(i + lane, head, main)
-        inside = column < columns
-        s = to_float32(tl.load(student.data + (start_s + column * student.column), mask=inside, other=0.0))
-        t = to_float32(tl.load(teacher.data + (start_t + column * teacher.column), mask=inside, other=0.0))
-        g = _gradient(s, t, shift_s, inverse_s, shift_t, inverse_t, coefficient, k)
-        store_rounded(grad.data + (start_g + column * grad.column), tl.where(some, g, 0.0), inside)
+    known = _statistics(statistics, grad_loss, row, True, PER_ROW)
+    begin, lane = walk_begin(rows, row, rows.columns, LANES, VEC, UNIT), walk_lanes(LANES, VEC)
+    start = row_start(rows.other, row, rows.sizes)
+    for i in range(0, begin[3], LANES * VEC):
+        s, t = walk_pair(rows, begin, i + lane, NOTHING, VEC, ALIGNED, True)
+        walk_put(rows, start, begin, i + lane, _gradient(s, t, known), VEC, ALIGNED, True)
+    for i in range(0, rows.columns - begin[3], LANES * VEC):
+        s, t = walk_pair(rows, begin, i + lane, NOTHING, VEC, ALIGNED, False)
+        walk_put(rows, start, begin, i + lane, _gradient(s, t, known), VEC, ALIGNED, False)

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..losses.arguments import MEAN_OF_ELEMENTS, NONE, SUM
-from .numbers import INTERPRETED, device_function, sum_over
+from .numbers import INTERPRETED, device_function, store_rounded, sum_over, to_float32
 
 TILE_COLUMNS = 2048
 COUNTERS = tl.constexpr(64)
@@ -34,13 +34,23 @@ COUNTERS = tl.constexpr(64)
 class Operand(NamedTuple):
     """Rows of one tensor: element (r, c) is `data[lead + offset of r + c * column]`, and data begins at 16 bytes.
 
-    `strides` belong to the leading dimensions as they are merged in `Rows`, the innermost first.
+    `strides` belong to the leading dimensions as `rows_of` merges them, the innermost first.
     """
 
     data: Tensor
     lead: int
     column: int
     strides: tuple[int, ...]
+
+
+class Rows(NamedTuple):
+    """Tensors of one shape (..., C) as a kernel takes them. `other` is what else the kernel reads or writes by rows."""
+
+    columns: int
+    sizes: tuple[int, ...]  # the merged leading dimensions but the outermost, the innermost first
+    student: Operand
+    teacher: Operand
+    other: Operand | None
 
 
 class Scale(NamedTuple):
@@ -54,65 +64,10 @@ class Scale(NamedTuple):
     weight: Tensor | None
 
 
-class Rows(NamedTuple):
-    """Operands of one shape (..., C) as rows. Leading dimensions are merged where all operands' strides allow it."""
-
-    count: int
-    columns: int
-    sizes: tuple[int, ...]  # the merged dimensions but the outermost, the innermost first
-    operands: tuple[Operand, ...]
-
-    @property
-    def unit(self) -> bool:
-        """Whether every operand's columns are neighbours."""
-        return all(x.column == 1 for x in self.operands)
-
-    def launch(self, tile: Any, walk: Any) -> tuple[Any, int, dict[str, Any]]:
-        """Which of two kernels serves this width, in how many programs, and its constants."""
-        if self.columns > TILE_COLUMNS:
-            return walk, self.count, self.walk()
-        options = self.tile()
-        return tile, triton.cdiv(self.count, options["ROWS"]), options
-
-    def tile(self) -> dict[str, int]:
-        """The constants of a tile kernel's launch. A thread has up to 32 values of a row, and as few lanes share it."""
-        common = 1  # a power of two that divides the width and where every row begins
-        if self.unit:
-            common = math.gcd(16, self.columns, *(n for x in self.operands for n in (x.lead, *x.strides)))
-        size = self.operands[0].data.element_size()
-        vector = min(common, 16 // size)
-        width = triton.next_power_of_2(self.columns)
-        # At least 32 neighbouring bytes at a time: a sector.
-        lanes = max(triton.next_power_of_2(triton.cdiv(self.columns, 32)), triton.cdiv(32, vector * size))
-        chunk = min(width, lanes * vector)
-        rows = max(1, 128 * vector // chunk)
-        if INTERPRETED.value:  # it pays per operation, not per element
-            chunk, rows = width, max(1, 16384 // width)
-        strips = triton.cdiv(self.columns, chunk)
-        return {"ROWS": rows, "CHUNK": chunk, "STRIPS": strips, "COMMON": common, "num_warps": 4}
-
-    def walk(self) -> dict[str, Any]:
-        """The constants of a wide kernel's launch."""
-        student = self.operands[0]
-        vector = 16 // student.data.element_size()
-        first = (student.lead, *student.strides)
-        aligned = tuple(all((m - n) % vector == 0 for m, n in zip((x.lead, *x.strides), first)) for x in self.operands)
-        lanes = 512 if self.columns >= 16384 else 256
-        if INTERPRETED.value:
-            lanes = 1024 if self.columns >= 16384 else 512
-        return {"LANES": lanes, "VEC": vector, "UNIT": self.unit, "ALIGNED": aligned, "num_warps": 8}
-
-
-def _operand(x: Tensor, column: int, strides: tuple[int, ...]) -> Operand:
-    lead = x.data_ptr() % 16 // x.element_size()
-    if lead and x.storage_offset() >= lead:
-        return Operand(x.as_strided((1,), (1,), x.storage_offset() - lead), lead, column, strides)
-    return Operand(x, 0, column, strides)
-
-
-def rows_of(*tensors: Tensor) -> Rows:
-    """Tensors of one shape (..., C) as rows: any strides, any number of leading dimensions."""
-    *leading, columns = tensors[0].shape
+def rows_of(student: Tensor, teacher: Tensor, other: Tensor | None = None) -> Rows:
+    """Any strides, any number of leading dimensions, which are merged where all strides allow it."""
+    tensors = [student, teacher] if other is None else [student, teacher, other]
+    *leading, columns = student.shape
     merged: list[tuple[int, list[int]]] = []
     for i, size in enumerate(leading):
         strides = [x.stride(i) for x in tensors]
@@ -125,11 +80,45 @@ def rows_of(*tensors: Tensor) -> Rows:
     if not merged:
         merged.append((1, [columns] * len(tensors)))
     merged.reverse()
-    operands = [
-        _operand(x, x.stride(-1) if columns > 1 else 1, tuple(strides[i] for _, strides in merged))
-        for i, x in enumerate(tensors)
-    ]
-    return Rows(math.prod(leading), columns, tuple(size for size, _ in merged[:-1]), tuple(operands))
+    operands = []
+    for i, x in enumerate(tensors):
+        data, lead = x, x.data_ptr() % 16 // x.element_size()
+        if lead > x.storage_offset():  # the storage itself is not aligned
+            lead = 0
+        if lead:
+            data = x.as_strided((1,), (1,), x.storage_offset() - lead)
+        column = x.stride(-1) if columns > 1 else 1
+        operands.append(Operand(data, lead, column, tuple(strides[i] for _, strides in merged)))
+    sizes = tuple(size for size, _ in merged[:-1])
+    return Rows(columns, sizes, operands[0], operands[1], operands[2] if len(operands) > 2 else None)
+
+
+def launch(rows: Rows, count: int, tile: Any, walk: Any) -> tuple[Any, int, dict[str, Any]]:
+    """Which of two kernels serves `count` rows of this width, in how many programs, and its constants."""
+    operands = [x for x in (rows.student, rows.teacher, rows.other) if x is not None]
+    begins = [(x.lead, *x.strides) for x in operands]
+    unit = all(x.column == 1 for x in operands)
+    size = rows.student.data.element_size()
+    if rows.columns > TILE_COLUMNS:
+        vector = 16 // size
+        aligned = tuple(all((m - n) % vector == 0 for m, n in zip(x, begins[0])) for x in begins)
+        lanes = 512 if rows.columns >= 16384 or INTERPRETED.value else 256
+        constants = {"LANES": lanes, "VEC": vector, "UNIT": unit, "ALIGNED": aligned, "num_warps": 8}
+        return walk, count, {**constants, "enable_fp_fusion": True}
+    common = 1  # a power of two that divides the width and where every row begins
+    if unit:
+        common = math.gcd(16, rows.columns, *(n for x in begins for n in x))
+    vector = min(common, 16 // size)
+    width = triton.next_power_of_2(rows.columns)
+    # A thread has up to 32 values of a row; as few lanes share it as then can, and as take 32 bytes, a sector, at once.
+    lanes = max(triton.next_power_of_2(triton.cdiv(rows.columns, 32)), triton.cdiv(32, vector * size))
+    chunk = min(width, lanes * vector)
+    height = max(1, 128 * vector // chunk)
+    if INTERPRETED.value:  # it pays per operation, not per element
+        chunk, height = width, max(1, 16384 // width)
+    strips = triton.cdiv(rows.columns, chunk)
+    constants = {"ROWS": height, "CHUNK": chunk, "STRIPS": strips, "COMMON": common, "num_warps": 4}
+    return tile, triton.cdiv(count, height), {**constants, "enable_fp_fusion": True}
 
 
 def on(x: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -235,9 +224,9 @@ def put_values(values, value, row, live, KEEP: tl.constexpr):
 
 
 @device_function
-def row_start(operand, row, sizes):
-    """Where rows begin, in elements from `operand.data`; int64 as `row` is."""
-    offset = row * 0 + operand.lead
+def row_offset(operand, row, sizes):
+    """Where rows begin, in elements behind the first; int64 as `row` is."""
+    offset = row * 0
     rest = row
     for d in tl.static_range(len(sizes)):
         offset += rest % sizes[d] * operand.strides[d]
@@ -245,60 +234,127 @@ def row_start(operand, row, sizes):
     return offset + rest * operand.strides[len(sizes)]
 
 
+@device_function
+def row_start(operand, row, sizes):
+    """Where rows begin, in elements from `operand.data`."""
+    return operand.lead + row_offset(operand, row, sizes)
+
+
 # Tiles: ROWS whole rows in strips of CHUNK columns.
+
+
+@device_function
+def tile_rows(count, ROWS: tl.constexpr):
+    """(a program's rows, which of them there are)."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    return row, row < count
 
 
 @device_function
 def tile_start(operand, row, sizes, COMMON: tl.constexpr):
     """Where a tile's rows begin: multiples of COMMON, all of them."""
-    return tl.multiple_of(row_start(operand, row, sizes), COMMON)
+    # The sum is formed here: what is said of a call's result is lost where the call is inlined.
+    return tl.multiple_of(operand.lead + row_offset(operand, row, sizes), COMMON)
 
 
 @device_function
-def strip_at(operand, start, column):
-    """The addresses of one strip."""
+def tile_starts(rows, row, COMMON: tl.constexpr):
+    """Where student's and teacher's rows begin."""
+    return tile_start(rows.student, row, rows.sizes, COMMON), tile_start(rows.teacher, row, rows.sizes, COMMON)
+
+
+@device_function
+def tile_pair(rows, starts, column, live, fill, COMMON: tl.constexpr):
+    """(s, t): one strip of both sides; `fill` beyond the rows."""
+    inside = tile_mask(live, column, rows.columns, COMMON)
+    s = tl.load(tile_at(rows.student, starts[0], column), mask=inside, other=fill)
+    t = tl.load(tile_at(rows.teacher, starts[1], column), mask=inside, other=fill)
+    return to_float32(s), to_float32(t)
+
+
+@device_function
+def tile_put(rows, start, column, live, x, COMMON: tl.constexpr):
+    """Puts one strip of `rows.other`."""
+    store_rounded(tile_at(rows.other, start, column), x, tile_mask(live, column, rows.columns, COMMON))
+
+
+@device_function
+def tile_at(operand, start, column):
     return operand.data + (start[:, None] + column.to(tl.int64)[None, :] * operand.column)
 
 
 @device_function
-def strip_mask(live, column, columns, COMMON: tl.constexpr):
+def tile_mask(live, column, columns, COMMON: tl.constexpr):
     """Which of a strip's places are a row's. The product tells the compiler that COMMON neighbours agree."""
     return live[:, None] & (column < columns // COMMON * COMMON)[None, :]
 
 
-# Walks over one wide row.
+# Walks over one wide row. `index` counts the columns of the main loop (MAIN), or those that it leaves out.
 
 
 @device_function
-def walk_split(start, columns, VEC: tl.constexpr, STEP: tl.constexpr, UNIT: tl.constexpr):
-    """(head, main): columns before the student's first 16-byte boundary, and how many then make whole steps."""
-    head = 0
-    main = 0
+def walk_begin(rows, row, width, LANES: tl.constexpr, VEC: tl.constexpr, UNIT: tl.constexpr):
+    """(where student and teacher begin, columns before the student's first 16-byte boundary, columns in the main loop),
+    for a walk over `width` columns.
+    """
+    start_s, start_t = row_start(rows.student, row, rows.sizes), row_start(rows.teacher, row, rows.sizes)
+    head, main = 0, 0
     if UNIT:
-        head = ((VEC - start % VEC) % VEC).to(tl.int32)
-        main = (columns - head) // STEP * STEP
-    return head, main
-
-
-@device_function
-def walk_start(start, head, VEC: tl.constexpr, ALIGNED: tl.constexpr):
-    """Where the main loop begins in an operand."""
-    start += head
-    if ALIGNED:
-        start = tl.multiple_of(start, VEC)
-    return start
+        head = ((VEC - start_s % VEC) % VEC).to(tl.int32)
+        main = (width - head) // (LANES * VEC) * (LANES * VEC)
+    return start_s, start_t, head, main
 
 
 @device_function
 def walk_lanes(LANES: tl.constexpr, VEC: tl.constexpr):
-    """The columns of one step, from 0 on: VEC neighbours for each lane."""
+    """The first step's indices: VEC neighbours for each lane."""
     return tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
 
 
 @device_function
-def walk_column(index, head, main):
-    """The columns that the main loop leaves out, by index: before the head, and behind what it took. int64."""
-    return tl.where(index < head, index, index + main).to(tl.int64)
+def walk_column(begin, index, MAIN: tl.constexpr):
+    """The columns of a step."""
+    if MAIN:
+        column = begin[2] + index
+    else:
+        column = tl.where(index < begin[2], index, index + begin[3]).to(tl.int64)
+    return column
+
+
+@device_function
+def walk_at(operand, start, begin, index, VEC: tl.constexpr, ALIGNED: tl.constexpr, MAIN: tl.constexpr):
+    """The addresses of a step."""
+    if MAIN:
+        start += begin[2]
+        if ALIGNED:
+            start = tl.multiple_of(start, VEC)
+        at = operand.data + start + index
+    else:
+        at = operand.data + (start + walk_column(begin, index, MAIN) * operand.column)
+    return at
+
+
+@device_function
+def walk_pair(rows, begin, index, fill, VEC: tl.constexpr, ALIGNED: tl.constexpr, MAIN: tl.constexpr):
+    """(s, t): one step of both sides; `fill` beyond the row."""
+    at_s = walk_at(rows.student, begin[0], begin, index, VEC, ALIGNED[0], MAIN)
+    at_t = walk_at(rows.teacher, begin[1], begin, index, VEC, ALIGNED[1], MAIN)
+    if MAIN:
+        s, t = tl.load(at_s), tl.load(at_t)
+    else:
+        inside = walk_column(begin, index, MAIN) < rows.columns
+        s, t = tl.load(at_s, mask=inside, other=fill), tl.load(at_t, mask=inside, other=fill)
+    return to_float32(s), to_float32(t)
+
+
+@device_function
+def walk_put(rows, start, begin, index, x, VEC: tl.constexpr, ALIGNED: tl.constexpr, MAIN: tl.constexpr):
+    """Puts one step of `rows.other`, whose row begins at `start`."""
+    at = walk_at(rows.other, start, begin, index, VEC, ALIGNED[2], MAIN)
+    if MAIN:
+        store_rounded(at, x, None)
+    else:
+        store_rounded(at, x, walk_column(begin, index, MAIN) < rows.columns)
 
 
 # Numbers.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .kl_rows import STATISTICS, Region, Softness, kl_tile, kl_tile_gradient, kl_walk, kl_walk_gradient
-from .rows import Result, Scale, on, rows_of, scale_of
+from .rows import Result, Scale, launch, on, rows_of, scale_of
 
 LOG2_E = 1.4426950408889634074
 
@@ -26,7 +26,8 @@ def temperature_kl(
     """The loss, and (rows, 6) statistics for the backward."""
     columns = student.shape[-1]
     scale = scale_of(reduction, student.numel() // columns, columns, avg_factor, avg_factor_tensor, weight)
-    return forward(student, teacher, reduction, scale, softness_of(temperature), None)
+    softness = softness_of(temperature)
+    return forward(student, teacher, reduction, scale, softness, Region(None, None, 0, 0.0, None, 0.0, None, softness))
 
 
 def temperature_kl_backward(
@@ -41,27 +42,25 @@ def softness_of(temperature: float) -> Softness:
 
 
 def forward(
-    student: Tensor, teacher: Tensor, reduction: int, scale: Scale, softness: Softness, region: Region | None
+    student: Tensor, teacher: Tensor, reduction: int, scale: Scale, softness: Softness, region: Region
 ) -> tuple[Tensor, Tensor]:
     """The loss and the rows' statistics; `scale` and `softness` are the background's where there is a region."""
     rows = rows_of(student, teacher)
-    kernel, programs, options = rows.launch(kl_tile, kl_walk)
-    result = Result(student, rows.count, reduction, STATISTICS.value, programs)
+    count = student.numel() // rows.columns
+    kernel, programs, constants = launch(rows, count, kl_tile, kl_walk)
+    result = Result(student, count, reduction, STATISTICS.value, programs)
     with on(student):
         if programs:
             kernel[(programs,)](
-                *rows.operands,
-                rows.sizes,
-                rows.count,
-                rows.columns,
+                rows,
+                count,
                 result.statistics,
                 result.values,
                 scale,
                 softness,
                 region,
                 KEEP=result.keep,
-                enable_fp_fusion=True,
-                **options,
+                **constants,
             )
         return result.finish()
 
@@ -70,18 +69,9 @@ def backward(grad_loss: Tensor, student: Tensor, teacher: Tensor, statistics: Te
     """The student's gradient: both logits read again, one written."""
     grad = torch.empty_like(student)
     rows = rows_of(student, teacher, grad)
-    kernel, programs, options = rows.launch(kl_tile_gradient, kl_walk_gradient)
+    count = student.numel() // rows.columns
+    kernel, programs, constants = launch(rows, count, kl_tile_gradient, kl_walk_gradient)
     if programs:
         with on(student):
-            kernel[(programs,)](
-                *rows.operands,
-                rows.sizes,
-                rows.count,
-                rows.columns,
-                statistics,
-                grad_loss,
-                PER_ROW=per_row,
-                enable_fp_fusion=True,
-                **options,
-            )
+            kernel[(programs,)](rows, count, statistics, grad_loss, PER_ROW=per_row, **constants)
     return grad
