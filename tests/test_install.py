@@ -6,6 +6,7 @@ thing, by pip, with the checkout deleted before the first use.
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import shutil
@@ -16,6 +17,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+from cuda_house import make_nvcc
 
 import kdkernels as kd
 from kdkernels import native
@@ -114,11 +117,79 @@ def test_source_archive_is_a_whole_checkout(checkout):
         names = {name.partition("/")[2] for name in tar.getnames()}
         tar.extractall(checkout.parent / "unpacked", filter="data")
     for folder in ("kdkernels", "csrc", "tests"):
-        assert {f"{folder}/{name}" for name in sources(ROOT / folder, ".py", ".h", ".cpp")} <= names
+        assert {f"{folder}/{name}" for name in sources(ROOT / folder, ".py", ".h", ".cpp", ".cu", ".cuh")} <= names
     assert {"LICENSE", "README.md", "setup.py", "pyproject.toml", "MANIFEST.in"} <= names
     (unpacked,) = (checkout.parent / "unpacked").iterdir()
     result = make(unpacked, "build_wheel", KDKERNELS_BUILD="0")
     assert result.returncode == 0, result.stderr
+
+
+# What an installation decides to build: with scripts for the compilers, which make empty objects.
+
+GPU = """#!/bin/sh
+case "$*" in *compute_cap*) printf '9.0\\n8.6\\n9.0\\n';; esac
+"""
+
+
+@pytest.fixture
+def hollow(tmp_path, monkeypatch) -> Path:
+    """A folder for PATH, with nothing yet that says there is a GPU."""
+    if builder.obstacle("cpu"):
+        pytest.skip(f"no build here: {builder.obstacle('cpu')}")
+    tools = tmp_path / "tools"
+    monkeypatch.setenv("CXX", make_nvcc(tools / "compiler"))
+    monkeypatch.setenv("NVCC", make_nvcc(tools / "toolkit"))
+    monkeypatch.setenv("PATH", str(tools), prepend=os.pathsep)
+    for name in ("KDKERNELS_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST", "KDKERNELS_BUILD"):
+        monkeypatch.delenv(name, raising=False)
+    (tools / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    (tools / "nvidia-smi").chmod(0o755)
+    return tools
+
+
+@pytest.mark.parametrize(
+    "how, line",
+    [
+        ("list", "building the CUDA kernels for sm_80, sm_90, compute_90 (KDKERNELS_CUDA_ARCHS) ..."),
+        ("torch's list", "building the CUDA kernels for sm_120 (TORCH_CUDA_ARCH_LIST) ..."),
+        ("gpu", "building the CUDA kernels for sm_86, sm_90 (the GPUs here) ..."),
+    ],
+)
+def test_cuda_kernels_are_built_for_what_is_asked_or_there(checkout, hollow, how, line):
+    (hollow / "nvidia-smi").write_text(GPU)
+    asked = {"list": {"KDKERNELS_CUDA_ARCHS": "8.0;9.0+PTX"}, "torch's list": {"TORCH_CUDA_ARCH_LIST": "7.5 12.0"}}
+    result = make(checkout, "build_wheel", **asked.get(how, {}))
+    assert result.returncode == 0 and f"kdkernels: {line}\n" in result.stdout, result.stdout + result.stderr
+    names = zipfile.ZipFile(archive(checkout)).namelist()
+    built = {name for name in names if name.startswith("kdkernels/native/lib/") and "_C" not in name}
+    assert built == {f"kdkernels/native/lib/kdkernels_{x}.{y}" for x in ("cpu", "cuda") for y in ("so", "json")}
+    assert "linux" in archive(checkout).name
+
+
+@pytest.mark.skipif(bool(glob.glob("/dev/nvidia[0-9]*")), reason="torch is asked where nvidia-smi does not answer")
+def test_without_a_gpu_only_the_cpu_kernels_are_built(checkout, hollow):
+    result = make(checkout, "build_wheel", KDKERNELS_BUILD="require")
+    assert result.returncode == 0, result.stderr
+    assert (
+        "the CUDA kernels not built: no GPU here, and KDKERNELS_CUDA_ARCHS is not set; built on first" in result.stdout
+    )
+    assert not [name for name in zipfile.ZipFile(archive(checkout)).namelist() if "kdkernels_cuda" in name]
+
+
+@pytest.mark.parametrize(
+    "environment, error",
+    [
+        ({"NVCC": "no-such-nvcc"}, "KDKERNELS_BUILD=require, but no nvcc ('no-such-nvcc' of $NVCC is not there)"),
+        ({"KDKERNELS_CUDA_ARCHS": "75"}, "KDKERNELS_BUILD=require, but sm_75: 8.0 is the first that serves"),
+        ({"KDKERNELS_CUDA_ARCHS": "pascal"}, "KDKERNELS_CUDA_ARCHS: expected the likes of"),
+    ],
+)
+def test_required_cuda_kernels_that_cannot_be_built_fail_the_installation(checkout, hollow, environment, error):
+    asked = {"KDKERNELS_BUILD": "require", "KDKERNELS_CUDA_ARCHS": "90", **environment}
+    result = make(checkout, "build_wheel", **asked)
+    assert result.returncode != 0 and error in result.stderr and not list((checkout / "dist").glob("*.whl"))
+    if "pascal" not in asked.values():  # which is a mistake in any case
+        assert make(checkout, "build_wheel", **{**asked, "KDKERNELS_BUILD": "1"}).returncode == 0
 
 
 # Where the kernels cannot be had.
@@ -208,7 +279,9 @@ def wheel_tag(python: Path) -> str:
 
 @pytest.mark.slow
 def test_pip_without_isolation_puts_the_kernels_into_the_wheel(tmp_path, checkout, fresh):
-    pip_install(fresh, "--no-build-isolation", ".", cwd=checkout, KDKERNELS_BUILD="require")
+    cuda = builder.obstacle("cuda") is None
+    asked = {"KDKERNELS_BUILD": "require", "KDKERNELS_CUDA_ARCHS": "90" if cuda else None}
+    pip_install(fresh, "--no-build-isolation", ".", cwd=checkout, **asked)
     shutil.rmtree(checkout)
     assert "linux" in wheel_tag(fresh)
     code = CALL + "from kdkernels.native.lib import _C; print(_C.cpu_capability(), native.best_cpu_capability())"
@@ -220,6 +293,8 @@ def test_pip_without_isolation_puts_the_kernels_into_the_wheel(tmp_path, checkou
     table = run(str(fresh), "-m", "kdkernels", "info", cwd=tmp_path, PYTHONPATH=None).stdout
     assert "native module: g" in table or "native module: clang" in table
     assert re.search(r"temperature_kl +cpu +cpu +built at install", table)
+    if cuda and not torch.cuda.is_available():
+        assert re.search(r"temperature_kl +cuda +cuda .*on a GPU: built at install for sm_90 with CUDA", table)
 
 
 @pytest.mark.slow
