@@ -25,7 +25,8 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(HERE)]
 
 import emulator_library  # noqa: E402
-from catalogue import MUTANTS, Mutant  # noqa: E402
+from catalogue import MUTANTS  # noqa: E402
+from mutant import Mutant  # noqa: E402
 
 from kdkernels.native import build as builder  # noqa: E402
 
@@ -59,15 +60,15 @@ def library_of(mutant: Mutant, objects: dict[str, Path], work: Path) -> Path | N
     path = csrc / mutant.file
     text = path.read_text()
     if text.count(mutant.before) != 1:
-        raise SystemExit(f"{mutant.name}: {mutant.before!r} occurs {text.count(mutant.before)} times in {mutant.file}")
+        raise ValueError(f"{mutant.name}: {mutant.before!r} occurs {text.count(mutant.before)} times in {mutant.file}")
     path.write_text(text.replace(mutant.before, mutant.after))
-    broken = work / "broken.o"
+    broken, unit = work / "broken.o", mutant.unit or mutant.loss
     try:
-        _compile(csrc / "cuda" / f"{mutant.loss}.cu", broken)
+        _compile(csrc / "cuda" / f"{unit}.cu", broken)
     except subprocess.CalledProcessError:
         return None
     target = work / "broken.so"
-    linked = [str(path) for stem, path in objects.items() if stem != mutant.loss] + [str(broken)]
+    linked = [str(path) for stem, path in objects.items() if stem != unit] + [str(broken)]
     torch_folder = builder.torch_directory()
     link = ["-shared", "-o", str(target), *linked, f"-L{torch_folder / 'lib'}", "-Wl,--no-as-needed"]
     subprocess.run([*builder.compiler(), *link, "-ltorch", "-ltorch_cpu", "-lc10"], check=True)
