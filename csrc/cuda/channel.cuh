@@ -14,6 +14,7 @@
 KD_NAMESPACE_BEGIN
 
 constexpr int plane_threads = 256, pixel_threads = 128;
+constexpr int most_pixel_vectors = 4;  // 64 bytes of 16-bit channels
 
 struct ChannelSegment {
   FeatureView student, teacher, grad;
@@ -96,7 +97,7 @@ inline ChannelSegment plan_pixels(const FeatureLevel& level, int64_t elements) {
   s.lines = 1;
   s.merged = merges(level, true);
   s.vectors = int(divided(s.channels, vector_size));
-  s.team = power_of_two(s.vectors, 1, 4);
+  s.team = power_of_two(s.vectors, 1, most_pixel_vectors);
   s.groups = divided(s.vectors, s.team);
   const int64_t at_once = pixel_threads / s.team;
   const int64_t wanted = divided(divided(elements, 2048 * s.team * vector_size), at_once) * at_once;
@@ -125,9 +126,10 @@ struct Packed {
       if (i >= p.begin && i < p.end) put(i, line[(p.first + i) * step]);
     }
   }
+  KD_DEVICE float operator[](int i) const { return get(i, S{}); }
   KD_DEVICE Vector unpacked() const {
     Vector v;
-    KD_UNROLL for (int i = 0; i < vector_size; ++i) v.x[i] = get(i, S{});
+    KD_UNROLL for (int i = 0; i < vector_size; ++i) v.x[i] = (*this)[i];
     return v;
   }
 
@@ -276,5 +278,74 @@ KD_DEVICE void for_pieces(const PlaneTeam& team, const F& body) {
     }
   }
 }
+
+// Pixels.
+
+// What a block works on, and where its threads are.
+struct PixelTeam {
+  const ChannelSegment& segment;
+  int64_t first_channel, chunk, first, last;  // first, last: pixels, counted over all pictures
+  int channels;                               // of the block's that exist
+  int vector, row, rows;  // of this thread: its vector, its first pixel after `first`, the distance to its next
+
+  KD_DEVICE explicit PixelTeam(const ChannelSegment& s) : segment(s) {
+    const int64_t block = block_index() - s.first_block;
+    chunk = block / s.groups;  // neighbouring blocks read neighbouring memory
+    first_channel = block % s.groups * s.team * vector_size;
+    const int64_t left = s.channels - first_channel;
+    channels = left < s.team * vector_size ? int(left) : s.team * vector_size;
+    first = chunk * s.chunk;
+    last = first + s.chunk < s.pixels ? first + s.chunk : s.pixels;
+    vector = thread_index() % s.team;
+    row = thread_index() / s.team;
+    rows = pixel_threads / s.team;
+  }
+
+  // This thread's channels among the block's.
+  KD_DEVICE Piece piece() const {
+    const int left = channels - vector * vector_size;
+    return {vector * vector_size, 0, left < vector_size ? left : vector_size};
+  }
+
+  // The block's first channel of a pixel; `data`: of pixel 0.
+  template <class S>
+  KD_DEVICE S* at(S* data, const FeatureView& view, int64_t pixel) const {
+    if (segment.merged) return data + pixel * view.stride[3];
+    const int64_t plane = int64_t(segment.height) * segment.width, n = pixel / plane, rest = pixel % plane;
+    const int64_t y = rest / segment.width, x = rest % segment.width;
+    return data + n * view.stride[0] + y * view.stride[2] + x * view.stride[3];
+  }
+  template <class S>
+  KD_DEVICE S* origin(const FeatureView& view) const {
+    return reinterpret_cast<S*>(view.data) + first_channel * view.stride[1];
+  }
+
+  // Calls body(students, teachers, origin of the gradient, the first pixel) for `batch` of this thread's pixels at a
+  // time, which are `rows` apart, and for single ones at the end. Elements outside the piece are undefined.
+  template <int batch, class S, class T, class F>
+  KD_DEVICE void for_pixels(const F& body) const {
+    const Piece p = piece();
+    if (!p.any()) return;
+    int64_t pixel = first + row;
+    KD_NO_UNROLL for (; pixel + (batch - 1) * rows < last; pixel += batch * rows)
+        some_pixels<batch, S, T>(p, pixel, body);
+    KD_NO_UNROLL for (; pixel < last; pixel += rows) some_pixels<1, S, T>(p, pixel, body);
+  }
+
+ private:
+  template <int count, class S, class T, class F>
+  KD_DEVICE void some_pixels(const Piece& p, int64_t pixel, const F& body) const {
+    Packed<S> s[count];
+    Packed<T> t[count];
+    KD_UNROLL for (int b = 0; b < count; ++b) {
+      const S* of_s = at(origin<const S>(segment.student), segment.student, pixel + b * rows);
+      const T* of_t = at(origin<const T>(segment.teacher), segment.teacher, pixel + b * rows);
+      const int64_t step_s = segment.student.stride[1], step_t = segment.teacher.stride[1];
+      s[b].load(of_s, step_s, p, starts_vector(of_s, step_s));
+      t[b].load(of_t, step_t, p, starts_vector(of_t, step_t));
+    }
+    body(s, t, origin<S>(segment.grad), pixel);
+  }
+};
 
 KD_NAMESPACE_END

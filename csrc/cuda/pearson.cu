@@ -5,6 +5,7 @@
 
 #include <vector>
 
+#include "pearson_pixels.cuh"
 #include "pearson_planes.cuh"
 
 KD_NAMESPACE_BEGIN
@@ -143,20 +144,28 @@ struct Plans {
     for (int i = 0; i < count; ++i) elements += levels[i].n * levels[i].c * levels[i].h * levels[i].w;
   }
 
-  ChannelSegment of(int i) const { return plan_planes(levels[i]); }
+  ChannelSegment of(int i) const {
+    return channels_inner(levels[i]) ? plan_pixels(levels[i], elements) : plan_planes(levels[i]);
+  }
   int64_t result_floats(int i) const { return of(i).chunks * partial_floats * levels[i].c; }
 
-  // Calls body(S(), T(), table) until each level that is not empty was in a table. Of level i, the results begin at
-  // results[i] and the channels among all at channels[i]; either may be null where it is not needed.
+  // Calls body(S(), T(), table, whether it is of pixels) until each level that is not empty was in a table. Of level i,
+  // the results begin at results[i] and the channels among all at channels[i]; either may be null where it is not
+  // needed.
   template <class F>
   const char* for_each(const int64_t* results, const int64_t* channels, const F& body) const {
-    const auto plan = [&](const FeatureLevel&, int i) {
-      ChannelSegment s = of(i);
-      s.first_result = results ? results[i] : 0;
-      s.first_channel = channels ? channels[i] : 0;
-      return s;
-    };
-    return for_each_table<ChannelSegment>(levels, count, plan, body);
+    const char* error = nullptr;
+    for (const bool pixels : {false, true}) {
+      const auto plan = [&](const FeatureLevel& level, int i) {
+        ChannelSegment s = channels_inner(level) == pixels ? of(i) : ChannelSegment{};
+        s.first_result = results ? results[i] : 0;
+        s.first_channel = channels ? channels[i] : 0;
+        return s;
+      };
+      const auto with_layout = [&](auto s, auto t, const ChannelTable& table) { return body(s, t, table, pixels); };
+      if (!error) error = for_each_table<ChannelSegment>(levels, count, plan, with_layout);
+    }
+    return error;
   }
 };
 
@@ -174,10 +183,15 @@ const char* pearson_forward(const FeatureLevel* levels, int count, const Pearson
   const Plans plans(levels, count);
   std::vector<int64_t> first_result(size_t(count) + 1, total_floats);
   for (int i = 0; i < count; ++i) first_result[i + 1] = first_result[i] + plans.result_floats(i);
-  const char* error = plans.for_each(first_result.data(), nullptr, [&](auto s, auto t, const ChannelTable& table) {
-    const Launch how{table.blocks, plane_threads, int(sizeof(float)) * plane_floats, stream};
-    return launch(pearson_plane_sums<decltype(s), decltype(t)>, how, table, workspace);
-  });
+  const char* error =
+      plans.for_each(first_result.data(), nullptr, [&](auto s, auto t, const ChannelTable& table, bool pixels) {
+        using S = decltype(s);
+        using T = decltype(t);
+        const int threads = pixels ? pixel_threads : plane_threads;
+        const int floats = pixels ? PixelMemory::floats : plane_floats;
+        const Launch how{table.blocks, threads, int(sizeof(float)) * floats, stream};
+        return launch(pixels ? pearson_pixel_sums<S, T> : pearson_plane_sums<S, T>, how, table, workspace);
+      });
   FinishTable table{};
   table.first = true;
   table.share = options.mean_levels ? 1.0 / count : 1.0;
@@ -200,9 +214,13 @@ const char* pearson_forward(const FeatureLevel* levels, int count, const Pearson
 const char* pearson_backward(const FeatureLevel* levels, int count, const float* grad_loss, const float* statistics,
                              const int64_t* first_channel, void* stream) {
   const Plans plans(levels, count);
-  return plans.for_each(nullptr, first_channel, [&](auto s, auto t, const ChannelTable& table) {
-    const Launch how{table.blocks, plane_threads, 0, stream};
-    return launch(pearson_plane_gradients<decltype(s), decltype(t)>, how, table, grad_loss, statistics);
+  return plans.for_each(nullptr, first_channel, [&](auto s, auto t, const ChannelTable& table, bool pixels) {
+    using S = decltype(s);
+    using T = decltype(t);
+    const int threads = pixels ? pixel_threads : plane_threads, floats = pixels ? pixel_gradient_floats : 0;
+    const Launch how{table.blocks, threads, int(sizeof(float)) * floats, stream};
+    return launch(pixels ? pearson_pixel_gradients<S, T> : pearson_plane_gradients<S, T>, how, table, grad_loss,
+                  statistics);
   });
 }
 

@@ -1,0 +1,189 @@
+// Pearson's kernels over pixels (channels_last): a thread has a vector of neighbouring channels and every so many
+// pixels of a chunk (channel.cuh). The sums of its eight channels stay in registers; their bases lie in shared memory.
+#pragma once
+
+#include "pearson_planes.cuh"
+
+KD_NAMESPACE_BEGIN
+
+// The base of one channel from a few pixels that are spread over the chunk.
+template <class S, class T>
+KD_DEVICE Base sampled_base(const PixelTeam& team, int channel) {
+  constexpr int samples = 16;
+  const FeatureView& student = team.segment.student;
+  const FeatureView& teacher = team.segment.teacher;
+  float s[samples], t[samples];
+  KD_UNROLL for (int i = 0; i < samples; ++i) {
+    const int64_t pixel = team.first + (team.last - team.first) * i / samples;
+    s[i] = to_float(team.at(team.origin<const S>(student), student, pixel)[channel * student.stride[1]]);
+    t[i] = to_float(team.at(team.origin<const T>(teacher), teacher, pixel)[channel * teacher.stride[1]]);
+  }
+  Base base;
+  base.s.from = s[0];
+  base.t.from = t[0];
+  float x = 0, y = 0, xx = 0, yy = 0, xy = 0, most_x = 0, most_y = 0;
+  KD_UNROLL for (int i = 0; i < samples; ++i) {
+    x += s[i] - base.s.from;
+    y += t[i] - base.t.from;
+  }
+  move(base.s, x / samples, false, 0);
+  move(base.t, y / samples, false, 0);
+  KD_UNROLL for (int i = 0; i < samples; ++i) {
+    const float a = base.s(s[i]), b = base.t(t[i]);
+    xx += a * a;
+    yy += b * b;
+    xy += a * b;
+    most_x = fmaxf(most_x, a * a);
+    most_y = fmaxf(most_y, b * b);
+  }
+  // A sample whose sums one or two values decide says nothing of the rest.
+  const bool spread = 3 * most_x < xx && 3 * most_y < yy;
+  base.slope = spread ? slope_of_sample(xx, yy, xy) : 0.0f;
+  return base;
+}
+
+// Shared memory of a block: the bases of its channels; each thread's sums, one number after another; their totals.
+struct PixelMemory {
+  static constexpr int channels = most_pixel_vectors * vector_size, base_floats = 7, sum_floats = 8;
+  static constexpr int floats =
+      (base_floats + sum_floats) * channels + sum_floats * vector_size * pixel_threads + pixel_threads / warp_size;
+  float* sums;    // [sum_floats][vector_size][pixel_threads]
+  float* bases;   // [base_floats][channels]
+  float* totals;  // [sum_floats][channels]
+  float* flags;   // one per warp
+
+  KD_DEVICE explicit PixelMemory(float* memory) {
+    sums = memory;
+    bases = sums + sum_floats * vector_size * pixel_threads;
+    totals = bases + base_floats * channels;
+    flags = totals + sum_floats * channels;
+  }
+
+  KD_DEVICE void put(int channel, const Base& base) const {
+    const float values[base_floats] = {base.s.scale, base.s.offset, base.t.scale, base.t.offset,
+                                       base.slope,   base.s.from,   base.t.from};
+    KD_UNROLL for (int k = 0; k < base_floats; ++k) bases[k * channels + channel] = values[k];
+  }
+  KD_DEVICE Base get(int channel) const {
+    const float* from = bases + channel;
+    Base base;
+    base.s = Side{from[5 * channels], from[0], from[channels]};
+    base.t = Side{from[6 * channels], from[2 * channels], from[3 * channels]};
+    base.slope = from[4 * channels];
+    return base;
+  }
+
+  // The sums of the block's channels from those of its threads, in an order that depends on the team alone.
+  KD_DEVICE void add_up(PairSums (&mine)[vector_size], const PixelTeam& team) const {
+    KD_UNROLL for (int i = 0; i < vector_size; ++i) {
+      float* to = sums + i * pixel_threads + thread_index();
+      const auto put_next = [&](float& x) {
+        *to = x;
+        to += vector_size * pixel_threads;
+      };
+      mine[i].each_sum(put_next);
+      mine[i].each_maximum(put_next);
+    }
+    block_sync();
+    constexpr int chains = 4;
+    const int vectors = team.segment.team;
+    for (int out = thread_index(); out < sum_floats * vector_size * vectors; out += pixel_threads) {
+      const int number = out / vectors, vector = out % vectors, i = number % vector_size, k = number / vector_size;
+      const float* from = sums + number * pixel_threads + vector;
+      float part[chains] = {};
+      for (int row = 0; row < team.rows; row += chains) {
+        KD_UNROLL for (int j = 0; j < chains; ++j) {
+          // Neighbouring numbers begin at different rows: their threads meet no bank twice.
+          const float x = from[(row + j + number) % team.rows * vectors];
+          part[j] = k < 6 ? part[j] + x : fmaxf(part[j], x);
+        }
+      }
+      const float low = k < 6 ? part[0] + part[1] : fmaxf(part[0], part[1]);
+      const float high = k < 6 ? part[2] + part[3] : fmaxf(part[2], part[3]);
+      totals[k * channels + vector * vector_size + i] = k < 6 ? low + high : fmaxf(low, high);
+    }
+    block_sync();
+  }
+  KD_DEVICE PairSums total(int channel) const {
+    PairSums sums;
+    const float* from = totals + channel;
+    const auto get_next = [&](float& x) {
+      x = *from;
+      from += channels;
+    };
+    sums.each_sum(get_next);
+    sums.each_maximum(get_next);
+    return sums;
+  }
+};
+
+template <class S, class T>
+KD_GLOBAL(pixel_threads, 3)
+pearson_pixel_sums(const ChannelTable table, float* results) {
+  constexpr int batch = sizeof(T) == 2 ? 4 : 2;
+  const PixelTeam team(find_segment(table));
+  const PixelMemory memory(shared_memory<float>());
+  // Thread i looks after the block's channel i.
+  const int channel = thread_index();
+  const bool exists = channel < team.channels;
+  const float count = float(team.last - team.first);
+  if (channel < PixelMemory::channels) memory.put(channel, exists ? sampled_base<S, T>(team, channel) : Base());
+  block_sync();
+  for (int pass = 1;; ++pass) {
+    PairSums sums[vector_size];
+    team.for_pixels<batch, S, T>([&](const auto& s, const auto& t, auto&&...) {
+      constexpr int pixels = sizeof(s) / sizeof(s[0]);
+      KD_UNROLL for (int i = 0; i < vector_size; ++i) {
+        float of_s[pixels], of_t[pixels];
+        KD_UNROLL for (int b = 0; b < pixels; ++b) {
+          of_s[b] = s[b][i];
+          of_t[b] = t[b][i];
+        }
+        sums[i].add(memory.get(team.vector * vector_size + i), of_s, of_t);
+      }
+    });
+    memory.add_up(sums, team);
+    bool again = false;
+    if (exists && pass < most_passes) {
+      Base base = memory.get(channel);
+      again = improve(base, memory.total(channel), count);
+      if (again) memory.put(channel, base);
+    }
+    if (!any_of_block(again, memory.flags)) break;
+  }
+  if (!exists) return;
+  const ChannelSegment& segment = team.segment;
+  float* partial = results + segment.first_result + team.chunk * partial_floats * segment.channels;
+  each_of_partial(memory.get(channel), memory.total(channel), count,
+                  [&](int k, float value) { partial[k * segment.channels + team.first_channel + channel] = value; });
+}
+
+template <class S, class T>
+KD_GLOBAL(pixel_threads, 3)
+pearson_pixel_gradients(const ChannelTable table, const float* grad_loss, const float* statistics) {
+  constexpr int batch = sizeof(T) == 2 ? 4 : 2;
+  const PixelTeam team(find_segment(table));
+  const ChannelSegment& segment = team.segment;
+  float* rows = shared_memory<float>();
+  const float* first = statistics + (segment.first_channel + team.first_channel) * statistics_per_channel;
+  for (int i = thread_index(); i < team.channels * statistics_per_channel; i += pixel_threads) rows[i] = first[i];
+  block_sync();
+  const Piece p = team.piece();
+  Gradient gradient[vector_size];
+  KD_UNROLL for (int i = 0; i < vector_size; ++i) {
+    if (i < p.end) gradient[i].read(rows + (p.first + i) * statistics_per_channel);
+  }
+  const float upstream = *grad_loss;
+  team.for_pixels<batch, S, T>([&](const auto& s, const auto& t, S* to, int64_t pixel) {
+    constexpr int pixels = sizeof(s) / sizeof(s[0]);
+    KD_UNROLL for (int b = 0; b < pixels; ++b) {
+      Vector g;
+      KD_UNROLL for (int i = 0; i < vector_size; ++i) g.x[i] = gradient[i](upstream, s[b][i], t[b][i]);
+      store_piece(team.at(to, segment.grad, pixel + b * team.rows), segment.grad.stride[1], p, g);
+    }
+  });
+}
+
+constexpr int pixel_gradient_floats = PixelMemory::channels * statistics_per_channel;
+
+KD_NAMESPACE_END
