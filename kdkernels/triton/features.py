@@ -10,6 +10,7 @@ are the edges: programs of their own take them, for many channels at once.
 """
 
 import contextlib
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -23,9 +24,18 @@ EDGE = tl.constexpr(16)
 _PEEL_FROM = 64  # pixels of a plane; below, there is little body to gain
 
 # Elements of a tile. In the interpreter an operation costs the same for any small tile, so there are few of them.
-_TILE = 16384 if INTERPRETED.value else 2048
+TILE = 16384 if INTERPRETED.value else 2048
 # Programs of a launch, where there is enough to share out: several for each multiprocessor of a large GPU.
 _PROGRAMS = 1 if INTERPRETED.value else 1024
+
+
+def level_kernel(function):
+    """triton.jit of a kernel, compiled once per layout and not once per size: numbers are not specialised. Names of
+    pointers end in _ptr.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    numbers = [p.name for p in parameters if p.annotation is not tl.constexpr and not p.name.endswith("_ptr")]
+    return triton.jit(function, do_not_specialize=numbers)
 
 
 def launch_on(x: Tensor) -> contextlib.AbstractContextManager:
@@ -39,9 +49,11 @@ def power_of_two(x: int, *, least: int = 1, most: int = 1 << 30) -> int:
 
 
 def pixel_strides(x: Tensor) -> tuple[int, int]:
-    """Strides of y and x, with those of a dimension of one chosen so that the two merge."""
+    """Strides of y and x, with those of a dimension of one chosen so that neighbours merge."""
     _, _, h, w = x.shape
     y_stride, x_stride = x.stride(2), x.stride(3)
+    if h == w == 1:
+        return x.stride(0), x.stride(0)
     if w == 1:
         return y_stride, y_stride
     return (w * x_stride if h == 1 else y_stride), x_stride
@@ -127,10 +139,16 @@ class Tiles:
     channel_block: int
     pixel_block: int
     edge_block: int
+    tiles: int  # of a picture and group
     groups: int
     edge_groups: int
     body_programs: int
     programs: int
+
+    @property
+    def counts(self) -> tuple[int, int, int, int]:
+        """What a program needs to know its place: tiles, groups, edge_groups, edges_from."""
+        return self.tiles, self.groups, self.edge_groups, self.body_programs
 
     @property
     def constants(self) -> dict[str, int]:
@@ -142,10 +160,10 @@ class Tiles:
         }
 
 
-def tiles_of(walk: Walk, *, columns: int, elements: int = _TILE, whole: bool) -> Tiles:
-    """Tiles of at most `columns` columns and `elements` elements.
+def tiles_of(walk: Walk, *, columns: int, whole: bool, elements: int = TILE, steps: int = 1) -> Tiles:
+    """Tiles of at most `columns` columns and `elements` elements; a program takes `steps` of them one after another.
 
-    With `whole`, a program takes all channels of its group, block after block; else it takes one block of them.
+    With `whole`, it takes them for all channels of its group, block after block; else a group is one block of channels.
     """
     if walk.channels_inner:
         channels = power_of_two(walk.channels, most=columns)
@@ -156,18 +174,22 @@ def tiles_of(walk: Walk, *, columns: int, elements: int = _TILE, whole: bool) ->
         pixels = power_of_two(walk.pixels, most=columns)
         channels = power_of_two(each, most=elements // pixels)
         edge, classes = power_of_two(each, most=elements // EDGE.value), -(-each // channels)
-    tiles = walk.pictures * -(-walk.pixels // pixels)
+    tiles = -(-walk.pixels // (pixels * steps))
     share = classes
     if whole:  # the fewest groups that give enough programs
         share = 1
-        while share * 2 <= classes and tiles * walk.residues * share < _PROGRAMS:
+        while share * 2 <= classes and walk.pictures * tiles * walk.residues * share < _PROGRAMS:
             share *= 2
     groups = walk.residues * max(1, share)
     edge_groups = 0
     if walk.edges:
         edge_groups = walk.residues * (1 if whole else -(-each // edge))
-    body = tiles * groups
-    return Tiles(channels, pixels, edge, groups, edge_groups, body, body + walk.pictures * edge_groups)
+    body = walk.pictures * tiles * groups
+    return Tiles(channels, pixels, edge, tiles, groups, edge_groups, body, body + walk.pictures * edge_groups)
+
+
+# Indices are 64-bit once program numbers are taken apart: for offsets beyond 2^31, and since the interpreter checks
+# each 32-bit sum for overflow, at ten times its cost.
 
 
 @device_function
@@ -175,40 +197,43 @@ def _body_bounds(n, group, pixels, s_n, s_c, INNER: tl.constexpr, VECTOR: tl.con
     """The pixels before the body of this picture's planes, and how many the body has."""
     if INNER or VECTOR == 1:
         lead = group * 0
+        body = pixels - lead
     else:  # alike for every channel of the group, and for all tensors
-        lead = (-(n * s_n + group.to(tl.int64) * s_c) & (VECTOR - 1)).to(tl.int32)
-    body = pixels - lead if INNER else (pixels - lead) // VECTOR * VECTOR
+        lead = -(n * s_n + group * s_c) & (VECTOR - 1)
+        body = (pixels - lead) // VECTOR * VECTOR
     return lead, body
 
 
 @device_function
-def body_program(program, groups, pixels, s_n, s_c, PIXELS: tl.constexpr, INNER: tl.constexpr, VECTOR: tl.constexpr):
+def body_program(program, tiles, groups, pixels, s_n, s_c, INNER: tl.constexpr, VECTOR: tl.constexpr):
     """Picture, group, tile, lead and body of a body program."""
-    tiles = (pixels + PIXELS - 1) // PIXELS
     n = (program // tiles // groups).to(tl.int64)
-    group = program // tiles % groups
+    group = (program // tiles % groups).to(tl.int64)
     lead, body = _body_bounds(n, group, pixels, s_n, s_c, INNER, VECTOR)
-    return n, group, program % tiles, lead, body
+    return n, group, (program % tiles).to(tl.int64), lead, body
 
 
 @device_function
 def edge_program(program, groups, pixels, s_n, s_c, VECTOR: tl.constexpr):
-    """Picture, group and pixels of an edge program: those before the body, those behind it, then some past the end."""
+    """Picture, group and pixels of an edge program (before the body, behind it, then some past the end); the first
+    pixel, and how many there are.
+    """
     n = (program // groups).to(tl.int64)
-    group = program % groups
+    group = (program % groups).to(tl.int64)
     lead, body = _body_bounds(n, group, pixels, s_n, s_c, False, VECTOR)
     e = tl.arange(0, EDGE)
-    return n, group, tl.where(e < lead, e, body + e)
+    return n, group, tl.where(e < lead, e, body + e), tl.where(lead > 0, 0, body), pixels - body
 
 
 @device_function
 def pixel_offsets(p, width, stride_y, stride_x, MERGED: tl.constexpr, UNIT: tl.constexpr):
     """Offsets of pixels p from a plane's first."""
     if UNIT:
-        offsets = p.to(tl.int64)
+        offsets = p
     elif MERGED:
-        offsets = p.to(tl.int64) * stride_x
+        offsets = p * stride_x
     else:
+        p = p.to(tl.int32)  # division is slow, and there are fewer than 2^31
         offsets = (p // width).to(tl.int64) * stride_y + (p % width).to(tl.int64) * stride_x
     return offsets
 
@@ -220,9 +245,9 @@ def tile_offsets(
     """Offsets of the tile of channels c and pixels p, from offset `start`; rows begin at multiples of VECTOR."""
     if INNER:
         rows = start + pixel_offsets(p, width, stride_y, stride_x, MERGED, False)
-        columns = c.to(tl.int64) if VECTOR > 1 else c.to(tl.int64) * stride_c
+        columns = c if VECTOR > 1 else c * stride_c
     else:
-        rows = start + c.to(tl.int64) * stride_c
+        rows = start + c * stride_c
         columns = pixel_offsets(p, width, stride_y, stride_x, MERGED, VECTOR > 1)
     if VECTOR > 1:
         rows = tl.multiple_of(rows, VECTOR)

@@ -5,22 +5,12 @@ size is allocated. Compiled for NVIDIA and AMD GPUs, and run in Triton's interpr
 """
 
 import torch
-import triton
 import triton.language as tl
 
-from .features import body_program, edge_program, launch_on, tile_of, tile_offsets, tiles_of, walk_over
+from .features import body_program, edge_program, launch_on, level_kernel, tile_of, tile_offsets, tiles_of, walk_over
 from .numbers import device_function, load_float32, store_rounded, sum_over
 
-_RUNTIME = ["level", "levels", "sums", "first", "pictures", "channels", "pixels", "width"]
-_RUNTIME += ["groups", "edge_groups", "edges_from"]
-_RUNTIME += [f"{tensor}_{dimension}" for tensor in "stg" for dimension in "ncyx"]
 _WARPS = 4
-
-
-def _kernel(function):
-    """Compiled once per layout, not once per size."""
-    names = [name for name in _RUNTIME if name in function.__code__.co_varnames]
-    return triton.jit(function, do_not_specialize=names)
 
 
 @device_function
@@ -44,41 +34,44 @@ def _add_up(
     of_pixel = sum_over(squares, 1 if INNER else 0)
     m = tl.load(m_ptr + m_start + p, mask=inside, other=0.0)
     rest = tl.where(inside, 1.0 - m, 0.0)
-    tl.store(sums_ptr + slot, sum_over(m * of_pixel, 0))
-    tl.store(sums_ptr + sums + slot, sum_over(rest * of_pixel, 0))
-    tl.store(sums_ptr + 2 * sums + slot, tl.where(counts, sum_over(m, 0), 0.0))
-    tl.store(sums_ptr + 3 * sums + slot, tl.where(counts, sum_over(rest, 0), 0.0))
+    to = sums_ptr + slot
+    tl.store(to, sum_over(m * of_pixel, 0))
+    tl.store(to + sums, sum_over(rest * of_pixel, 0))
+    tl.store(to + sums + sums, tl.where(counts, sum_over(m, 0), 0.0))
+    tl.store(to + sums + sums + sums, tl.where(counts, sum_over(rest, 0), 0.0))
 
 
-@_kernel
+@level_kernel
 def _forward(
     s_ptr, t_ptr, m_ptr, sums_ptr, table_ptr, level, sums, first, pictures, channels, pixels, width,
-    groups, edge_groups, edges_from, s_n, s_c, s_y, s_x, t_n, t_c, t_y, t_x,
+    tiles, groups, edge_groups, edges_from, s_n, s_c, s_y, s_x, t_n, t_c, t_y, t_x,
     ALIKE: tl.constexpr, INNER: tl.constexpr, MERGED: tl.constexpr, VECTOR: tl.constexpr, EDGES: tl.constexpr,
     CHANNELS: tl.constexpr, PIXELS: tl.constexpr, EDGE_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    slot = first + program
+    slot = first + program.to(tl.int64)
+    sums = sums.to(tl.int64)
     if program == 0:  # what _finish has to know of this level
-        tl.store(table_ptr + 4 * level, first)
-        tl.store(table_ptr + 4 * level + 1, tl.num_programs(0))
-        tl.store(table_ptr + 4 * level + 2, pictures)
-        tl.store(table_ptr + 4 * level + 3, channels)
+        row = table_ptr + 4 * level.to(tl.int64)
+        tl.store(row, first)
+        tl.store(row + 1, tl.num_programs(0))
+        tl.store(row + 2, pictures)
+        tl.store(row + 3, channels)
     if not EDGES or program < edges_from:
-        n, group, tile, lead, body = body_program(program, groups, pixels, s_n, s_c, PIXELS, INNER, VECTOR)
+        n, group, tile, lead, body = body_program(program, tiles, groups, pixels, s_n, s_c, INNER, VECTOR)
         p = tile * PIXELS + tl.arange(0, PIXELS)
-        c = tl.arange(0, CHANNELS)
+        c = tl.arange(0, CHANNELS).to(tl.int64)
         _add_up(
             s_ptr, t_ptr, m_ptr, sums_ptr, sums, slot, n * s_n + lead, n * t_n + lead, n * pixels + lead, p, p < body,
-            group * CHANNELS if INNER else group, groups * CHANNELS, c if INNER else groups * c, channels, width,
-            s_c, s_y, s_x, t_c, t_y, t_x, group == 0, ALIKE, INNER, MERGED, VECTOR,
+            group * CHANNELS if INNER else group, groups.to(tl.int64) * CHANNELS, c if INNER else groups * c,
+            channels, width, s_c, s_y, s_x, t_c, t_y, t_x, group == 0, ALIKE, INNER, MERGED, VECTOR,
         )  # fmt: skip
     else:
-        n, group, edge_p = edge_program(program - edges_from, edge_groups, pixels, s_n, s_c, VECTOR)
-        edge_c = edge_groups * tl.arange(0, EDGE_CHANNELS)
+        n, group, edge_p, _, _ = edge_program(program - edges_from, edge_groups, pixels, s_n, s_c, VECTOR)
+        edge_c = edge_groups * tl.arange(0, EDGE_CHANNELS).to(tl.int64)
         _add_up(
             s_ptr, t_ptr, m_ptr, sums_ptr, sums, slot, n * s_n, n * t_n, n * pixels, edge_p, edge_p < pixels,
-            group, edge_groups * EDGE_CHANNELS, edge_c, channels, width,
+            group, edge_groups.to(tl.int64) * EDGE_CHANNELS, edge_c, channels, width,
             s_c, s_y, s_x, t_c, t_y, t_x, group == 0, ALIKE, INNER, MERGED, 1,
         )  # fmt: skip
 
@@ -95,7 +88,7 @@ def _scale(weight, mask_sum, channels, pictures, share, NORMALIZER: tl.constexpr
     return tl.cast(weight, tl.float64) * share / tl.where(2 * size > 1, 2 * size, 1)
 
 
-@_kernel
+@level_kernel
 def _finish(
     sums_ptr, table_ptr, loss_ptr, scales_ptr, foreground, foreground_ptr, background, background_ptr, sums, levels,
     NORMALIZER: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr,
@@ -107,10 +100,11 @@ def _finish(
         background = tl.load(background_ptr)
     share = 1.0 / (levels.to(tl.float64) if MEAN else tl.cast(1.0, tl.float64))
     loss = tl.cast(0.0, tl.float64)
+    sums = sums.to(tl.int64)
     for level in range(0, levels):
-        first, count = tl.load(table_ptr + 4 * level), tl.load(table_ptr + 4 * level + 1)
-        pictures = tl.load(table_ptr + 4 * level + 2).to(tl.float64)
-        channels = tl.load(table_ptr + 4 * level + 3).to(tl.float64)
+        row = table_ptr + 4 * level
+        first, count = tl.load(row), tl.load(row + 1)
+        pictures, channels = tl.load(row + 2).to(tl.float64), tl.load(row + 3).to(tl.float64)
         inside = tl.full([BLOCK], 0.0, tl.float64)
         outside = tl.full([BLOCK], 0.0, tl.float64)
         inside_size = tl.full([BLOCK], 0.0, tl.float64)
@@ -150,32 +144,33 @@ def _differentiate(
         store_rounded(g_ptr + of_g, difference * weight, valid)
 
 
-@_kernel
+@level_kernel
 def _backward(
     s_ptr, t_ptr, m_ptr, g_ptr, upstream_ptr, scales_ptr, level, channels, pixels, width,
-    groups, edge_groups, edges_from, s_n, s_c, s_y, s_x, t_n, t_c, t_y, t_x, g_n, g_c, g_y, g_x,
+    tiles, groups, edge_groups, edges_from, s_n, s_c, s_y, s_x, t_n, t_c, t_y, t_x, g_n, g_c, g_y, g_x,
     ALIKE: tl.constexpr, INNER: tl.constexpr, MERGED: tl.constexpr, VECTOR: tl.constexpr, EDGES: tl.constexpr,
     CHANNELS: tl.constexpr, PIXELS: tl.constexpr, EDGE_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     upstream = tl.load(upstream_ptr)
-    foreground = upstream * tl.load(scales_ptr + 2 * level)
-    background = upstream * tl.load(scales_ptr + 2 * level + 1)
+    foreground = upstream * tl.load(scales_ptr + level + level)
+    background = upstream * tl.load(scales_ptr + level + level + 1)
     if not EDGES or program < edges_from:
-        n, group, tile, lead, body = body_program(program, groups, pixels, s_n, s_c, PIXELS, INNER, VECTOR)
+        n, group, tile, lead, body = body_program(program, tiles, groups, pixels, s_n, s_c, INNER, VECTOR)
         p = tile * PIXELS + tl.arange(0, PIXELS)
-        c = tl.arange(0, CHANNELS)
+        c = tl.arange(0, CHANNELS).to(tl.int64)
         _differentiate(
             s_ptr, t_ptr, m_ptr, g_ptr, n * s_n + lead, n * t_n + lead, n * g_n + lead, n * pixels + lead, p, p < body,
-            group * CHANNELS if INNER else group, groups * CHANNELS, c if INNER else groups * c, channels, width,
-            s_c, s_y, s_x, t_c, t_y, t_x, g_c, g_y, g_x, foreground, background, ALIKE, INNER, MERGED, VECTOR,
+            group * CHANNELS if INNER else group, groups.to(tl.int64) * CHANNELS, c if INNER else groups * c,
+            channels, width, s_c, s_y, s_x, t_c, t_y, t_x, g_c, g_y, g_x, foreground, background,
+            ALIKE, INNER, MERGED, VECTOR,
         )  # fmt: skip
     else:
-        n, group, edge_p = edge_program(program - edges_from, edge_groups, pixels, s_n, s_c, VECTOR)
-        edge_c = edge_groups * tl.arange(0, EDGE_CHANNELS)
+        n, group, edge_p, _, _ = edge_program(program - edges_from, edge_groups, pixels, s_n, s_c, VECTOR)
+        edge_c = edge_groups * tl.arange(0, EDGE_CHANNELS).to(tl.int64)
         _differentiate(
             s_ptr, t_ptr, m_ptr, g_ptr, n * s_n, n * t_n, n * g_n, n * pixels, edge_p, edge_p < pixels,
-            group, edge_groups * EDGE_CHANNELS, edge_c, channels, width,
+            group, edge_groups.to(tl.int64) * EDGE_CHANNELS, edge_c, channels, width,
             s_c, s_y, s_x, t_c, t_y, t_x, g_c, g_y, g_x, foreground, background, ALIKE, INNER, MERGED, 1,
         )  # fmt: skip
 
@@ -198,7 +193,7 @@ def masked_mse(student, teacher, mask, fw, fw_tensor, bw, bw_tensor, normalizer,
             walk, tile = walks[i], tiles[i]
             _forward[(tile.programs,)](
                 student[i], teacher[i], mask[i], sums, table, i, count, slot, student[i].shape[0], walk.channels,
-                walk.pixels, walk.width, tile.groups, tile.edge_groups, tile.body_programs, *walk.strides,
+                walk.pixels, walk.width, *tile.counts, *walk.strides,
                 **walk.constants, **tile.constants, num_warps=_WARPS, enable_fp_fusion=True,
             )  # fmt: skip
             slot += tile.programs
@@ -220,7 +215,7 @@ def masked_mse_backward(grad_loss, student, teacher, mask, scales, level_of):
         with launch_on(s):
             _backward[(tile.programs,)](
                 s, t, m, g, grad_loss, scales, level, walk.channels, walk.pixels, walk.width,
-                tile.groups, tile.edge_groups, tile.body_programs, *walk.strides,
+                *tile.counts, *walk.strides,
                 **walk.constants, **tile.constants, num_warps=_WARPS, enable_fp_fusion=True,
             )  # fmt: skip
     return grads

@@ -54,6 +54,8 @@ def store_rounded(pointer, x, mask):
 def sum_over(x, axis: tl.constexpr):
     """tl.sum."""
     if INTERPRETED:
+        if axis == 0 and len(x.shape) == 2 and x.shape[0] > 16:  # numpy adds up columns one by one; a GPU makes a tree
+            x = tl.reduce(tl.reshape(x, (x.shape[0] // 16, 16, x.shape[1])), 1, tl.standard._sum_combine)
         return tl.reduce(x, axis, tl.standard._sum_combine)
     return tl.sum(x, axis)
 
