@@ -1,7 +1,8 @@
 """Boxes in cells: the argument checks of :mod:`kdkernels.masks`, a box's level, and the cells that it covers.
 
 The rules of one box (:func:`box_level`, :func:`box_cells`) are the definition that every kernel that draws boxes is
-tested against: they may change only together with those kernels. Nothing here reads a tensor on the host.
+tested against: they may change only together with csrc/math/masks.h and triton/masks.py. Nothing here reads a tensor on
+the host.
 """
 
 from __future__ import annotations
@@ -123,7 +124,8 @@ def _check_boxes(name: str, x: Any, columns: int) -> Tensor:
     return x.detach().to(torch.float32)
 
 
-def flatten_boxes(boxes: Boxes, batch_size: int | None) -> FlatBoxes:
+def flatten_boxes(boxes: Boxes, batch_size: int | None) -> tuple[Tensor, int]:
+    """Boxes of either form as rows (M, 5) of float32, image index first, and the number of images."""
     if batch_size is not None and not _is_int(batch_size):
         raise TypeError(f"batch_size: expected an integer or None, got {batch_size!r}")
     if batch_size is not None and batch_size < 0:
@@ -146,19 +148,29 @@ def flatten_boxes(boxes: Boxes, batch_size: int | None) -> FlatBoxes:
         flat = torch.cat(numbered) if numbered else torch.zeros(0, 5)
     else:
         raise TypeError(f"boxes: expected a list of tensors (n, 4) or one (M, 5), got {type(boxes).__name__}")
-    index, x1, y1, x2, y2 = flat.unbind(1)
+    return flat, batch
+
+
+def read_boxes(rows: Tensor, batch: int) -> FlatBoxes:
+    """What `flatten_boxes` gave, with the boxes that may not mark anything told apart."""
+    index, x1, y1, x2, y2 = rows.unbind(1)
     # Written so that a NaN anywhere makes it false.
     valid = (index >= 0) & (index < batch) & (x2 >= x1) & (y2 >= y1)
     index, x1, y1, x2, y2 = (torch.where(valid, v, 0.0) for v in (index, x1, y1, x2, y2))
     return FlatBoxes(batch, index.to(torch.int64), valid, x1, y1, x2, y2)
 
 
+def thresholds(geometry: Geometry) -> list[float]:
+    """The smallest scale of a box on level 1, 2, ..., to be rounded to float32."""
+    return [geometry.base * (2.0**k - 1e-6) for k in range(1, len(geometry.sizes))]
+
+
 def box_level(flat: FlatBoxes, geometry: Geometry) -> Tensor:
     """The level of each box by its scale: (M,) int64."""
     scale = ((flat.x2 - flat.x1 + 1) * (flat.y2 - flat.y1 + 1)).sqrt()
     level = torch.zeros_like(flat.image)
-    for k in range(1, len(geometry.sizes)):
-        level = level + (scale >= geometry.base * (2.0**k - 1e-6))
+    for threshold in thresholds(geometry):
+        level = level + (scale >= threshold)
     return level
 
 

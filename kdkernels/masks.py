@@ -5,6 +5,10 @@ runs where the boxes are, without a loop over boxes, without a host synchronisat
 so it compiles with ``fullgraph=True`` and, in the flat form, can be captured in a CUDA graph. How boxes are painted may
 change freely as long as the masks stay the same; which cells a box covers is settled in ``_boxes.py``.
 
+On a GPU a kernel draws ground-truth and Gaussian masks, all images and levels in one launch (``csrc/cuda/masks.cu``,
+``triton/masks.py``): the former to the bit, the latter to a few units in the last place. Under a forced backend only
+boxes on that backend's device go to its kernels.
+
 What the three functions have in common:
 
 ``boxes``
@@ -46,6 +50,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import ops
 from ._boxes import (
     Boxes,
     Geometry,
@@ -56,8 +61,10 @@ from ._boxes import (
     flatten_boxes,
     is_number,
     of_level,
+    read_boxes,
     read_geometry,
     shape,
+    thresholds,
 )
 
 __all__ = ["all_ones", "fine_grained_masks", "gaussian_masks", "ground_truth_masks"]
@@ -65,6 +72,42 @@ __all__ = ["all_ones", "fine_grained_masks", "gaussian_masks", "ground_truth_mas
 # Elements of one temporary while painting. Fixed, so that the number of chunks follows from shapes alone. A CPU wants
 # a temporary in its cache, an accelerator few launches.
 _CHUNK_CPU, _CHUNK_OTHER = 2**19, 2**23
+
+
+def _fake(
+    boxes: Tensor,
+    heights: list[int],
+    widths: list[int],
+    strides: list[float],
+    thresholds: list[float],
+    batch_size: int,
+    all_levels: bool,
+) -> list[Tensor]:
+    return [boxes.new_empty((batch_size, h, w)) for h, w in zip(heights, widths)]
+
+
+# boxes: (M, 5) float32, contiguous. thresholds: the smallest scale of a box on level 1, 2, ...; unused with all_levels.
+_SCHEMA = (
+    "(Tensor boxes, SymInt[] heights, SymInt[] widths, float[] strides, float[] thresholds, SymInt batch_size, "
+    "bool all_levels) -> Tensor[]"
+)
+_KERNELS = {name: ops.define(name, _SCHEMA, _fake, module="masks") for name in ("ground_truth_masks", "gaussian_masks")}
+
+
+def _kernel_masks(name: str, rows: Tensor, batch: int, geometry: Geometry) -> list[Tensor] | None:
+    """The masks from a GPU's kernel, or None where PyTorch's operations are to draw them."""
+    backend = ops.backend_for_masks(name, rows)
+    if backend == "reference":
+        return None
+    return _KERNELS[name][backend](
+        rows.contiguous(),
+        [h for h, _ in geometry.sizes],
+        [w for _, w in geometry.sizes],
+        [float(s) for s in geometry.strides],
+        [] if geometry.every_level else thresholds(geometry),
+        batch,
+        geometry.every_level,
+    )
 
 
 def _offsets(lengths: Sequence[int]) -> list[int]:
@@ -95,10 +138,14 @@ def ground_truth_masks(
     Source: Guo et al. 2021 (DeFeat), the mask M of eq. 5, and its released code.
     """
     geometry = read_geometry(sizes, strides, assign, base_size, image_size)
-    flat = flatten_boxes(boxes, batch_size)
+    rows, batch = flatten_boxes(boxes, batch_size)
     if not sizes:
         return []
-    cells, batch = box_cells(flat, geometry), flat.batch
+    drawn = _kernel_masks("ground_truth_masks", rows, batch, geometry)
+    if drawn is not None:
+        return drawn
+    flat = read_boxes(rows, batch)
+    cells = box_cells(flat, geometry)
     # Corner counts, then a running sum along either axis: integers, so the order of additions cannot matter, and the
     # cost does not grow with the boxes' areas. One row and one column more than the mask take the closing corners.
     planes = [(h + 1) * (w + 1) for h, w in geometry.sizes]
@@ -171,10 +218,14 @@ def gaussian_masks(
     Source: Sun et al. 2020 (TADF, arXiv 2006.13108), as coded in DeFeat's repository.
     """
     geometry = read_geometry(sizes, strides, assign, base_size, image_size)
-    flat = flatten_boxes(boxes, batch_size)
+    rows, batch = flatten_boxes(boxes, batch_size)
     if not sizes:
         return []
-    cells, batch = box_cells(flat, geometry), flat.batch
+    drawn = _kernel_masks("gaussian_masks", rows, batch, geometry)
+    if drawn is not None:
+        return drawn
+    flat = read_boxes(rows, batch)
+    cells = box_cells(flat, geometry)
     device = flat.x1.device
     levels = range(len(sizes))
     planes = [h * w for h, w in geometry.sizes]
@@ -243,7 +294,7 @@ def fine_grained_masks(
         raise TypeError(f"threshold: expected a number in [0, 1], got {threshold!r}")
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold: expected a number in [0, 1], got {threshold}")
-    flat = flatten_boxes(boxes, batch_size)
+    flat = read_boxes(*flatten_boxes(boxes, batch_size))
     device = flat.x1.device
     grids = anchor_grids(anchors, geometry.sizes, device)
     point = (flat.x1 == flat.x2) & (flat.y1 == flat.y2)
