@@ -12,6 +12,8 @@ import functools
 import importlib
 import importlib.util
 import os
+import shutil
+import sysconfig
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -112,13 +114,26 @@ def kernel_dtypes(student: torch.dtype, teacher: torch.dtype, backend: str = "cp
     return student in _KERNEL_DTYPES[backend] and (teacher == student or teacher == torch.float32)
 
 
+def _look_for_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'kdkernels[triton]')"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    # Triton compiles the launcher of each kernel as a Python extension.
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "triton needs a C compiler (gcc, clang or $CC)"
+    if not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")):
+        return "triton needs Python's headers (python3-dev)"
+    return None
+
+
 # Looked for once, at import: Dynamo traces what reads it, and warns of a functools.cache. triton is not imported.
-_has_triton = importlib.util.find_spec("triton") is not None
+_why_no_triton = _look_for_triton()
 
 
 def _triton_obstacle() -> str | None:
     """Why Triton kernels cannot run here, or None."""
-    return None if _has_triton else "triton is not installed (pip install 'kdkernels[triton]')"
+    return _why_no_triton
 
 
 def _obstacle(backend: str) -> str | None:

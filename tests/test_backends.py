@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -212,3 +213,14 @@ def test_an_unknown_command():
 def test_without_a_command_the_commands_are_listed():
     run = python("", "-m", "kdkernels")
     assert run.returncode == 0 and "train" in run.stdout and "info" in run.stdout
+
+
+TRITON = "from kdkernels import ops; print(ops._triton_obstacle())"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton")
+def test_triton_is_not_chosen_where_it_could_not_launch(tmp_path):
+    """It builds a launcher for each kernel, so without a C compiler its first call would fail."""
+    plain = {"TRITON_INTERPRET": "0", "CC": ""}
+    assert python(TRITON, **plain, PATH=str(tmp_path)).stdout.startswith("triton needs a C compiler")
+    assert python(TRITON, TRITON_INTERPRET="1", CC="", PATH=str(tmp_path)).stdout == "None\n"
