@@ -101,7 +101,7 @@ def _value(sum_s, sum_t, dot, inverse):
     """(whether there is a distribution on both sides, 1 / sums, log(sum_s / sum_t), KL, whether to sum it anew)."""
     some = (sum_s != 0.0) & (sum_t != 0.0)  # 0 is the sum of a side all -inf; a maximum adds 1, or NaN
     inverse_s, inverse_t = tl.where(some, 1.0 / sum_s, 0.0), tl.where(some, 1.0 / sum_t, 0.0)
-    ratio = tl.log(sum_s / sum_t)
+    ratio = tl.log(tl.div_rn(sum_s, sum_t))  # rounded as it should be: 0 for equal sides
     kl = dot * inverse_t * inverse + ratio
     return some, inverse_s, inverse_t, ratio, kl, some & ((kl < CLOSE) | (kl == INFINITY))
 
