@@ -11,7 +11,7 @@ namespace {
 
 // log(1 + x) for 0 <= x <= 1, as 2 artanh(x / (2 + x)).
 KD_DEVICE float log1p_unit(float x) {
-  const float y = x / (x + 2.0f), y2 = y * y;
+  const float y = quotient(x, x + 2.0f), y2 = y * y;
   constexpr int terms = 8;
   float p = 1.0f / (2 * terms + 1);
   KD_UNROLL for (int k = terms - 1; k >= 0; --k) p = p * y2 + 1.0f / (2 * k + 1);

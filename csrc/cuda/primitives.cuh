@@ -281,6 +281,20 @@ KD_DEVICE void store_vector(T* p, const Vector& v) {
 // exp2 of x <= 0, to 2 units in the last place, denormal results included; NaN stays.
 KD_DEVICE float exp2_nonpositive(float x) { return exp2f(x); }
 
+// a / b for normal a, b and b^-1, to a unit in the last place: the general division must look for other numbers. NaN
+// stays.
+template <>
+KD_HD float quotient<float>(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(b));
+  const float q = a * inverse;
+  return fmaf(inverse, fmaf(-b, q, a), q);
+#else
+  return a / b;
+#endif
+}
+
 // A weight that is a number, or lives in a 0-d float32 tensor.
 KD_DEVICE float scalar_value(const DeviceScalar& s) { return s.pointer ? *s.pointer : float(s.value); }
 

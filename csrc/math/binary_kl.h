@@ -12,8 +12,8 @@ template <class V>
 struct Logistic {
   V x, e, l;
 
-  KD_HD V positive() const { return (x > constant<V>(0) ? constant<V>(1) : e) / (constant<V>(1) + e); }
-  KD_HD V negative() const { return (x > constant<V>(0) ? e : constant<V>(1)) / (constant<V>(1) + e); }
+  KD_HD V positive() const { return quotient(x > constant<V>(0) ? constant<V>(1) : e, constant<V>(1) + e); }
+  KD_HD V negative() const { return quotient(x > constant<V>(0) ? e : constant<V>(1), constant<V>(1) + e); }
   KD_HD V low() const { return x < constant<V>(0) ? x : constant<V>(0); }   // log sigmoid(x) + l
   KD_HD V high() const { return x > constant<V>(0) ? x : constant<V>(0); }  // -(log sigmoid(-x) + l)
 };
@@ -28,7 +28,7 @@ KD_HD V close_binary_kl(const Logistic<V>& t, V d) {
   const V r = p < q ? p : q, signed_d = p < q ? d : -d;
   const V remainder = r * exp_remainder(signed_d), y = r * signed_d + remainder;
   // log(1 + y) - y with z = y / (2 + y): 2 artanh(z) - y = -y z + 2 z^3 (1/3 + z^2 / 5 + ...)
-  const V z = y / (y + constant<V>(2)), z2 = z * z;
+  const V z = quotient(y, y + constant<V>(2)), z2 = z * z;
   constexpr int terms = sizeof(element_t<V>) == 4 ? 5 : 11;
   V series = constant<V>(1.0 / (2 * terms + 1));
   for (int k = terms - 1; k >= 1; --k) series = series * z2 + constant<V>(1.0 / (2 * k + 1));
@@ -59,8 +59,8 @@ KD_HD V sigmoid_difference(const Logistic<V>& s, const Logistic<V>& t) {
   // Mirrored: t.negative() - s.negative(), and both x are above 0. Plain: s.positive() - t.positive().
   const V plain_s = s.x > zero ? one : s.e, plain_t = t.x > zero ? one : t.e;
   const V below_s = one + s.e, below_t = one + t.e;
-  const V first = (least > zero ? t.e : plain_s) / (least > zero ? below_t : below_s);
-  const V second = (least > zero ? s.e : plain_t) / (least > zero ? below_s : below_t);
+  const V first = quotient(least > zero ? t.e : plain_s, least > zero ? below_t : below_s);
+  const V second = quotient(least > zero ? s.e : plain_t, least > zero ? below_s : below_t);
   return first - second;
 }
 

@@ -49,6 +49,12 @@ KD_HD V larger(V a, V b) {
   return a > b ? a : b;
 }
 
+// a / b for |a| and b of ordinary size. cuda/primitives.cuh has a shorter one for a GPU.
+template <class V>
+KD_HD V quotient(V a, V b) {
+  return a / b;
+}
+
 template <class V>
 KD_HD V magnitude(V x) {
   return x < constant<V>(0) ? -x : x;
