@@ -92,7 +92,9 @@ def test_an_object_that_does_not_fit_gives_one_warning_with_both_versions(machin
     assert not native.expected("cuda")
     (said,) = load_and_listen()
     assert f"{path} was built for {codes[0]} with CUDA {toolkit}, but " in said and why in said
-    assert "KDKERNELS_JIT=0 forbids building now" in said and said.endswith(" serves instead")
+    assert "KDKERNELS_JIT=0 forbids building now" in said and said.endswith(
+        "Triton or the PyTorch formulas serve instead"
+    )
     assert native.status("cuda").state == "failed" and native.failed["cuda"] and capfd.readouterr().err == ""
 
 
@@ -152,7 +154,7 @@ def test_where_nothing_can_be_had_one_line_says_why(machine, monkeypatch, capfd,
     assert native.expected("cuda") == (name == "CXX")
     assert load_and_listen() == [] and not native.expected("cuda")
     said = [line for line in capfd.readouterr().err.splitlines() if "building" not in line or reason in line]
-    assert len(said) == 1 and reason in said[0] and said[0].endswith(" serves instead")
+    assert len(said) == 1 and reason in said[0] and said[0].endswith(" formulas serve instead")
     assert reason in native.status("cuda").reason and native.status("cuda").state == "failed"
 
 
@@ -204,7 +206,7 @@ def cuda_row() -> tuple[str, str]:
 
 def test_backend_info_on_a_gpu(machine, monkeypatch):
     ship(machine, ["sm_90"])
-    monkeypatch.setattr(ops, "_has_triton", True)
+    monkeypatch.setattr(ops, "_triton_obstacle", lambda: None)
     backend, why = cuda_row()
     assert backend == "cuda" and why.startswith("built at install for sm_90 with CUDA 13.0; chosen over triton, ")
     assert why.endswith("float64: the formula")
@@ -215,12 +217,12 @@ def test_backend_info_on_a_gpu(machine, monkeypatch):
 
 def test_backend_info_where_nothing_fits(machine, monkeypatch):
     monkeypatch.setenv("NVCC", "no-such-nvcc")
-    monkeypatch.setattr(ops, "_has_triton", True)
+    monkeypatch.setattr(ops, "_triton_obstacle", lambda: None)
     backend, why = cuda_row()
     assert backend == "triton" and "triton is installed" in why and "not cuda: no nvcc" in why
-    monkeypatch.setattr(ops, "_has_triton", False)
+    monkeypatch.setattr(ops, "_triton_obstacle", lambda: "there is none")
     backend, why = cuda_row()
-    assert backend == "reference" and "not cuda: no nvcc" in why and "not triton: triton is not installed" in why
+    assert backend == "reference" and "not cuda: no nvcc" in why and "not triton: there is none" in why
 
 
 def test_backend_info_without_a_gpu(machine, monkeypatch):
@@ -238,7 +240,7 @@ def test_backend_info_says_what_was_measured_and_from_which_size(machine, monkey
 
 @pytest.mark.parametrize("forced", ["cpu", "cuda", "triton"])
 def test_backend_info_under_a_forced_backend(machine, monkeypatch, forced):
-    monkeypatch.setattr(ops, "_has_triton", True)
+    monkeypatch.setattr(ops, "_triton_obstacle", lambda: None)
     with ops.use_backend(forced):
         row = ops.backend_info()["pearson"]
     assert row["cuda"][0] == ("none" if forced == "cpu" else forced)

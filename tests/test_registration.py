@@ -110,13 +110,14 @@ def test_its_record(library):
 
 @needs_nvcc
 @pytest.mark.slow
-def test_no_warnings_for_all_architectures(tmp_path, monkeypatch):
+def test_no_warnings(tmp_path, monkeypatch):
+    """On the oldest and the newest architecture; "all" has four more between them."""
     monkeypatch.setattr(builder, "COMMON_FLAGS", [*builder.COMMON_FLAGS, "-Werror"])
-    monkeypatch.setattr(builder, "CUDA_FLAGS", [*builder.CUDA_FLAGS, "-Werror=all-warnings"])
+    monkeypatch.setattr(builder, "CUDA_FLAGS", [*builder.CUDA_FLAGS, "-Werror=all-warnings", "-Xcompiler=-Werror"])
     monkeypatch.setenv("KDKERNELS_CUDA_ARCHS", "all")
     codes, _ = builder.cuda_architectures(())
     assert codes[0] == "sm_80" and codes[-1].startswith("compute_")
-    builder.build("cuda", tmp_path, codes)
+    builder.build("cuda", tmp_path, [codes[0], codes[-1]])
 
 
 # Fake tensors: what torch.compile and torch.export see of the ops.
@@ -154,6 +155,23 @@ def test_fake_results_are_laid_out_like_real_ones(name, space, dtype):
                     result = getattr(getattr(torch.ops, space), op._opname).default(*fake(mode, arguments))
                 assert outlines(result) == outlines(real)
                 assert {x.device.type for x in pytree.tree_leaves(result) if isinstance(x, torch.Tensor)} == {"cuda"}
+
+
+def draw(name: str, boxes: torch.Tensor) -> list[torch.Tensor]:
+    return getattr(kd.masks, name)(boxes, [(13, 17), (7, 9)], [8, 16], batch_size=2)
+
+
+@pytest.mark.parametrize("name", ["ground_truth_masks", "gaussian_masks"])
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_fake_masks(name, backend, monkeypatch):
+    monkeypatch.setattr(ops, "_obstacle", lambda backend: None)
+    boxes, mode = torch.tensor([[0, 3, 5, 90.0, 70.0], [1, 8, 8, 16.0, 24.0]]), FakeTensorMode()
+    with mode, kd.use_backend(backend):
+        moved = fake(mode, boxes)
+        result, graph = draw(name, moved), make_fx(lambda x: draw(name, x))(moved).graph
+    assert outlines(result) == outlines(draw(name, boxes))
+    assert {x.device.type for x in result} == {"cuda"}
+    assert ops_in(graph) == [f"kdkernels{'_triton' * (backend == 'triton')}.{name}.default"]
 
 
 # Traces on fake GPU tensors.

@@ -231,12 +231,7 @@ def _find(name: str) -> tuple[Path, str]:
     return _register(name, _fitting(name, path)), "built on first use"
 
 
-def _instead(name: str) -> str:
-    if name == "cpu":
-        return "the PyTorch formulas serve instead"
-    import importlib.util
-
-    return f"{'Triton' if importlib.util.find_spec('triton') else 'the PyTorch formula'} serves instead"
+_INSTEAD = {"cpu": "the PyTorch formulas serve instead", "cuda": "Triton or the PyTorch formulas serve instead"}
 
 
 def _not_now() -> str | None:
@@ -249,7 +244,7 @@ def _not_now() -> str | None:
     if torch.cuda.is_current_stream_capturing():
         reason = "a CUDA graph is being captured, which is no time to load them: call the loss once before"
         warnings.warn(
-            f"kdkernels: no compiled CUDA kernels: {reason}; {_instead('cuda')}", RuntimeWarning, stacklevel=3
+            f"kdkernels: no compiled CUDA kernels: {reason}; {_INSTEAD['cuda']}", RuntimeWarning, stacklevel=3
         )
         return reason
     return None
@@ -273,7 +268,7 @@ def load(name: str = "cpu") -> bool:
             except (OSError, RuntimeError) as error:
                 entry.reason, entry.state = _one_line(error), "failed"
                 failed[name] = True
-                line = f"no compiled {name.upper()} kernels ({entry.reason}); {_instead(name)}"
+                line = f"no compiled {name.upper()} kernels ({entry.reason}); {_INSTEAD[name]}"
                 if isinstance(error, Misfit):
                     warnings.warn(f"kdkernels: {line}", RuntimeWarning, stacklevel=2)
                 else:

@@ -100,7 +100,7 @@ def _build(name: str, architectures: Sequence[str], folder: Path, target: Path, 
     if name == "cpu":
         say("building the CPU kernels (once, about half a minute on two cores) ...")
     else:
-        say(f"building the CUDA kernels for {', '.join(architectures)} (once, a minute or so on two cores) ...")
+        say(f"building the CUDA kernels for {', '.join(architectures)} (once, about a minute each) ...")
     started = time.monotonic()
     try:
         builder.build(name, folder, architectures)
