@@ -61,6 +61,7 @@ struct BinaryLoss {
   using Sums = BinarySums;
   using Look = BinaryLook;
   using Second = BinarySums;
+  static constexpr int batch = 1;
 
   float temperature, inverse;
   RowFactor factor;

@@ -77,6 +77,7 @@ struct KlLoss {
   using Sums = KlSums;
   using Look = KlLook;
   using Second = KlSecond;
+  static constexpr int batch = row_batch;
 
   const bool* foreground;
   float temperature[2], inverse[2], k[2];

@@ -2,6 +2,7 @@
 //
 // A Loss, which travels by value, has for the forward
 //   Context context()                     what it must know of all rows; the whole warp takes part
+//   batch                                 vectors of each side that a thread has in flight, in the first read
 //   Row row(context, r)                   what it must know of a row; row.skip: none of its columns counts
 //   Sums start(row)                       rows.cuh: Sums
 //   add(sums, row, s, t, at, columns)     takes n columns, at(i) the i-th; -inf on both sides where it is not in the
@@ -82,7 +83,7 @@ rows_in_place(const RowPlan plan, const Loss loss, const RowView student, const 
     RowSides<S, T> sides = row_in_place<S, T>(student, teacher, r, inside && !row.skip ? plan.columns : 0);
     typename Loss::Sums sums = loss.start(row);
     if (pass != Pass::rest) {
-      walk_row<row_batch>(sides, share, [&](const auto& s, const auto& t, const Columns& at) {
+      walk_row<Loss::batch>(sides, share, [&](const auto& s, const auto& t, const Columns& at) {
         loss.add(sums, row, s, t, at, plan.columns);
       });
     } else if (thread % warp_size < plan.parts) {

@@ -16,7 +16,7 @@ KD_NAMESPACE_BEGIN
 
 constexpr int row_threads = 256;
 constexpr int row_warps = row_threads / warp_size;
-// Vectors of each side that a thread has in flight.
+// Vectors of each side that a thread has in flight, at most.
 constexpr int row_batch = 2;
 
 // Shared memory for what a group of several warps exchanges: two areas that take turns, so that one barrier per

@@ -84,6 +84,7 @@ struct SoftLoss {
   using Sums = SoftSums;
   using Look = SoftLook;
   using Second = SoftSecond;
+  static constexpr int batch = 1;
 
   float temperature, inverse, k;
   bool separate;  // the hard part's exponents are not the soft part's
