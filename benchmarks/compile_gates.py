@@ -101,7 +101,8 @@ def compiled(arguments: argparse.Namespace, errors: list[str]) -> Iterable[Kerne
         if "triton" in arguments.backend and not triton_kernels.obstacle():
             for op in triton_kernels.ops():
                 if not arguments.only or op in arguments.only:
-                    yield from triton_kernels.kernels(op, arch, tuple(arguments.pairs), say, errors.append)
+                    pairs = arguments.pairs or (triton_kernels.PAIRS[:3] if arch == "90" else ("bf16/bf16",))
+                    yield from triton_kernels.kernels(op, arch, tuple(pairs), say, errors.append)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -110,8 +111,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="OP", help="these losses; all by default")
     parser.add_argument("--backend", nargs="+", choices=("cuda", "triton"), default=("cuda", "triton"))
     parser.add_argument(
-        "--pairs", nargs="+", choices=triton_kernels.PAIRS, default=triton_kernels.PAIRS[:3],
-        help="Triton: student/teacher dtypes; float16 compiles like bfloat16 and is left out by default",
+        "--pairs", nargs="+", choices=triton_kernels.PAIRS,
+        help="Triton: student/teacher dtypes; by default bf16/bf16, on sm_90 float32 students and teachers too "
+        "(float16 compiles like bfloat16; CUDA files have all pairs)",
     )  # fmt: skip
     parser.add_argument("--record", action="store_true", help="replace the recorded ranges of what is compiled")
     parser.add_argument("--widen", action="store_true", help="widen the recorded ranges by what is compiled")

@@ -96,6 +96,7 @@ def kernels(op: str, arch: str, say: Callable[[str], None]) -> Iterator[Kernel]:
             arch=f"sm_{arch}",
             dtypes=dtypes,
             case="any",
+            compiler=toolkit.dotted(toolkit.release(toolkit.nvcc() or ["nvcc"]) or (0, 0)),
             registers=usage["REG"],
             scalar_registers=0,
             spill_bytes=spilled.get(mangled, 0),

@@ -15,29 +15,18 @@ import os
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from gates import amdgcn, sass
+from gates.cases import CASES
 from gates.flow import Counts, count
 from gates.rules import Kernel
 
 ARCHITECTURES = ("80", "90", "100", "120", "gfx942")
 PAIRS = ("f32/f32", "bf16/bf16", "bf16/f32", "f16/f16", "f16/f32")
 _AUXILIARY = ("rows", "features", "numbers")  # files whose small kernels serve several losses
-
-Call = Callable[[Any], tuple[Any, Callable[[Any], Any]]]
-
-
-@dataclass(frozen=True)
-class Case:
-    """What a loss is called with: `call(dtypes)` gives the student and the loss as a function of it."""
-
-    loss: str
-    name: str
-    call: Call
 
 
 def obstacle() -> str | None:
@@ -51,104 +40,13 @@ def obstacle() -> str | None:
 
 def ops() -> list[str]:
     """The losses that have a file in kdkernels/triton."""
-    return sorted({case.loss for case in cases() if importlib.util.find_spec(f"kdkernels.triton.{case.loss}")})
+    return sorted({case.op for case in CASES if importlib.util.find_spec(f"kdkernels.triton.{case.op}")})
 
 
 def version() -> str:
     import triton
 
     return triton.__version__
-
-
-def _logits(*shape: int) -> Call:
-    def tensors(dtypes):
-        import torch
-
-        return torch.zeros(shape, dtype=dtypes[0], requires_grad=True), torch.zeros(shape, dtype=dtypes[1])
-
-    return tensors
-
-
-def _rows(loss: str, name: str, rows: int, columns: int, keywords: Callable[[int, int], dict[str, Any]]) -> Case:
-    def call(dtypes):
-        import kdkernels as kd
-
-        student, teacher = _logits(rows, columns)(dtypes)
-        others = keywords(rows, columns)
-        positional = others.pop("positional", [])
-        function = getattr(kd, f"{loss}_loss")
-        return student, lambda s: function(s, teacher, *positional, **others)
-
-    return Case(loss, name, call)
-
-
-def _features(loss: str, name: str, height: int, width: int, *, inner: bool, channels: int = 256) -> Case:
-    def call(dtypes):
-        import torch
-
-        import kdkernels as kd
-
-        layout = torch.channels_last if inner else torch.contiguous_format
-        student, teacher = (
-            torch.zeros((2, channels, height, width), dtype=dtype).contiguous(memory_format=layout) for dtype in dtypes
-        )
-        others = [torch.zeros(2, height, width)] if loss == "masked_mse" else []
-        return student.requires_grad_(), lambda s: getattr(kd, f"{loss}_loss")(s, teacher, *others)
-
-    return Case(loss, name, call)
-
-
-def _one(rows: int, columns: int) -> dict[str, Any]:
-    return {}
-
-
-def _weighted(rows: int, columns: int) -> dict[str, Any]:
-    import torch
-
-    return {"weight": torch.ones(rows), "avg_factor": torch.tensor(1.0)}
-
-
-def _decoupled(rows: int, columns: int) -> dict[str, Any]:
-    import torch
-
-    return {"positional": [torch.zeros(rows, dtype=torch.bool)]}
-
-
-def _hard(rows: int, columns: int) -> dict[str, Any]:
-    import torch
-
-    target = torch.zeros(rows, dtype=torch.int64)
-    return {"class_weight": torch.ones(columns), "target": target, "hard_weight": 0.5, "weight": torch.ones(rows)}
-
-
-def _box(rows: int, columns: int) -> dict[str, Any]:
-    import torch
-
-    return {"positional": [torch.zeros(rows, columns)]}
-
-
-# Rows that fit a tile and rows that a program walks over; widths that 16 divides and odd ones.
-_WIDTHS = ((512, 80), (512, 81), (512, 1999), (512, 2048), (64, 50304), (64, 50257))
-
-
-def cases() -> list[Case]:
-    """Every loss at typical shapes: planes and rows whose size 16 divides, and odd ones; channels_last."""
-    found = []
-    for loss in ("masked_mse", "pearson"):
-        for inner in (False, True):
-            for height, width in ((100, 168), (25, 41)):
-                name = f"{height}x{width}{' channels_last' if inner else ''}"
-                found.append(_features(loss, name, height, width, inner=inner))
-        found.append(_features(loss, "25x41 channels_last 255", 25, 41, inner=True, channels=255))
-    keywords = {"temperature_kl": _one, "binary_kl": _one, "decoupled_kl": _decoupled, "soft_cross_entropy": _one}
-    for loss, others in keywords.items():
-        found += [_rows(loss, str(columns), rows, columns, others) for rows, columns in _WIDTHS]
-    for loss, others in (("temperature_kl", _weighted), ("binary_kl", _weighted), ("soft_cross_entropy", _hard)):
-        label = "hard" if others is _hard else "weighted"
-        for rows, columns in ((512, 80), (64, 50257)):
-            found.append(_rows(loss, f"{columns} {label}", rows, columns, others))
-    found.append(_rows("bounded_regression", "4", 9001, 4, _box))
-    return found
 
 
 def target(arch: str) -> Any:
@@ -199,6 +97,7 @@ def _compiling_for(arch: str, launches: list[Any]) -> Iterator[None]:
             mock.patch.object(JITFunction, "run", run),
             mock.patch.dict(ops.DEVICES, triton="cpu"),
             mock.patch.object(ops, "_order", lambda loss, student: ("triton",)),
+            mock.patch.object(ops, "_obstacle", lambda backend: None),
             # Plans differ in the interpreter, which is where kernels meet CPU tensors otherwise.
             mock.patch.object(torch.Tensor, "is_cpu", property(lambda self: False), create=True),
             kd.use_backend("triton"),
@@ -244,21 +143,20 @@ def kernels(
     seen = set()
     architecture = arch if arch.startswith("gfx") else f"sm_{arch}"
     for pair in pairs:
-        for case in cases():
-            if case.loss != op:
+        for case in CASES:
+            if case.op != op or (pair != pairs[0] and not case.dtypes):
                 continue
             say(f"triton {op} {architecture} {pair} {case.name}")
             launches: list[Any] = []
-            dtypes = [getattr(torch, _DTYPES[x]) for x in pair.split("/")]
+            student, teacher = (getattr(torch, _DTYPES[x]) for x in pair.split("/"))
             try:
                 with _compiling_for(arch, launches):
-                    student, function = case.call(dtypes)
-                    function(student).backward()
+                    case.run(student, teacher)
             except Exception as error:
                 say(traceback.format_exc())
                 failed(f"triton {op} {architecture} {pair} {case.name}: {type(error).__name__}: {error}")
             for module, name, kernel in launches:
-                key, dtypes_of, label = op, pair, case.name
+                key, dtypes_of, label = op, pair if case.dtypes else "-", case.name
                 if module in _AUXILIARY:
                     key, label = module, "any"
                     dtypes_of = "/".join(dict.fromkeys(_pointers(kernel.src.signature)))
@@ -275,10 +173,12 @@ def kernels(
                     arch=architecture,
                     dtypes=dtypes_of,
                     case=label,
+                    compiler=version(),
                     registers=registers,
                     scalar_registers=scalars,
                     spill_bytes=spilled,
                     local_bytes=local,
                     shared_bytes=kernel.metadata.shared,
                     counts=counts,
+                    shared=module in _AUXILIARY,
                 )
