@@ -8,7 +8,7 @@
 // threads of a block share a few such vectors.
 #pragma once
 
-#include "pieces.cuh"
+#include "packed.cuh"
 #include "table.cuh"
 
 KD_NAMESPACE_BEGIN
@@ -19,13 +19,14 @@ constexpr int most_pixel_vectors = 4;  // 64 bytes of 16-bit channels
 struct ChannelSegment {
   FeatureView student, teacher, grad;
   int64_t channels;
-  int64_t lines;  // planes: per channel; pixels: 1
   int64_t pixels;
   int height, width;
-  bool merged;  // planes: a line is all pixels of a picture, not one row; pixels: each follows the one before
-  int length;   // planes: pixels per line
-  int vectors;  // planes: per line, as many as it can touch; pixels: of channels
-  int team;     // planes: threads of a team; pixels: vectors of a block; a power of two
+  bool merged;                    // pixels: each follows the one before
+  int rows;                       // planes: lines per picture, one where its rows follow each other
+  int length;                     // planes: pixels per line
+  int vectors;                    // planes: per line, as many as it can touch; pixels: of channels
+  int64_t all;                    // planes: vectors of a channel
+  int team;                       // planes: threads of a team; pixels: vectors of a block; a power of two
   int64_t chunk, chunks, groups;  // a chunk: vectors (planes) or pixels of it; groups: of a block's channels
   int64_t first_block;            // of the launch
   int64_t first_channel;          // among all levels
@@ -46,10 +47,6 @@ inline int power_of_two(int64_t least, int lowest, int highest) {
   return x;
 }
 
-inline bool channels_inner(const FeatureLevel& level) {
-  return level.student.stride[1] == 1 && level.student.stride[3] != 1;
-}
-
 // Whether rows follow each other in memory, and pictures too if asked.
 inline bool merges(const FeatureLevel& level, bool pictures) {
   const auto one = [&](const FeatureView& v) {
@@ -57,6 +54,12 @@ inline bool merges(const FeatureLevel& level, bool pictures) {
     return !v.data || (rows && (!pictures || level.n <= 1 || v.stride[0] == level.h * level.w * v.stride[3]));
   };
   return one(level.student) && one(level.teacher) && one(level.grad);
+}
+
+// Whether channels lie side by side. Pixels that do not follow each other are found by 32-bit division.
+inline bool channels_inner(const FeatureLevel& level) {
+  const bool inner = level.student.stride[1] == 1 && level.student.stride[3] != 1;
+  return inner && (merges(level, true) || level.n * level.h * level.w <= INT32_MAX);
 }
 
 inline ChannelSegment start_of_plan(const FeatureLevel& level) {
@@ -75,11 +78,12 @@ inline ChannelSegment start_of_plan(const FeatureLevel& level) {
 inline ChannelSegment plan_planes(const FeatureLevel& level) {
   ChannelSegment s = start_of_plan(level);
   if (level.c * s.pixels == 0) return s;
-  s.merged = merges(level, false);
-  s.lines = s.merged ? level.n : level.n * level.h;
-  s.length = int(s.merged ? level.h * level.w : level.w);
+  const bool rows_merge = merges(level, false);
+  s.rows = rows_merge ? 1 : int(level.h);
+  s.length = int(rows_merge ? level.h * level.w : level.w);
   s.vectors = int(divided(s.length, vector_size) + 1);  // a line may begin inside a vector
-  const int64_t all = s.lines * s.vectors;
+  s.all = level.n * s.rows * s.vectors;
+  const int64_t all = s.all;
   s.team = power_of_two(divided(all, 2), 8, plane_threads);
   const int64_t rounds = divided(all * s.channels, 1024 * plane_threads);
   const int64_t most = (rounds < 2 ? 2 : rounds > 16 ? 16 : rounds) * s.team;
@@ -94,7 +98,6 @@ inline ChannelSegment plan_planes(const FeatureLevel& level) {
 inline ChannelSegment plan_pixels(const FeatureLevel& level, int64_t elements) {
   ChannelSegment s = start_of_plan(level);
   if (level.c * s.pixels == 0) return s;
-  s.lines = 1;
   s.merged = merges(level, true);
   s.vectors = int(divided(s.channels, vector_size));
   s.team = power_of_two(s.vectors, 1, most_pixel_vectors);
@@ -104,54 +107,6 @@ inline ChannelSegment plan_pixels(const FeatureLevel& level, int64_t elements) {
   s.chunk = wanted < 8 * at_once ? 8 * at_once : wanted;
   s.chunks = divided(s.pixels, s.chunk);
   return s;
-}
-
-// A piece as it lies in memory: 16-bit floats take half the registers until they are used.
-template <class S>
-struct Packed {
-  static constexpr int words = vector_size * int(sizeof(S)) / 4;
-  uint32_t word[words];
-
-  // `wide`: the line's elements follow each other, and whole pieces of it are aligned.
-  KD_DEVICE void load(const S* line, int64_t step, const Piece& p, bool wide) {
-    if (p.whole() && wide) {
-      KD_UNROLL for (int k = 0; k < words; k += 4) {
-        const Bytes16 bytes = load16(reinterpret_cast<const uint32_t*>(line + p.first) + k);
-        KD_UNROLL for (int j = 0; j < 4; ++j) word[k + j] = bytes.word[j];
-      }
-      return;
-    }
-    KD_UNROLL for (int k = 0; k < words; ++k) word[k] = 0;
-    KD_UNROLL for (int i = 0; i < vector_size; ++i) {
-      if (i >= p.begin && i < p.end) put(i, line[(p.first + i) * step]);
-    }
-  }
-  KD_DEVICE float operator[](int i) const { return get(i, S{}); }
-  KD_DEVICE Vector unpacked() const {
-    Vector v;
-    KD_UNROLL for (int i = 0; i < vector_size; ++i) v.x[i] = (*this)[i];
-    return v;
-  }
-
- private:
-  KD_DEVICE void put(int i, float x) { memcpy(&word[i], &x, 4); }
-  template <class H>
-  KD_DEVICE void put(int i, H x) {
-    word[i / 2] |= uint32_t(x.bits) << (i % 2 * 16);
-  }
-  KD_DEVICE float get(int i, float x) const {
-    memcpy(&x, &word[i], 4);
-    return x;
-  }
-  template <class H>
-  KD_DEVICE float get(int i, H) const {
-    return to_float(H{uint16_t(word[i / 2] >> (i % 2 * 16))});
-  }
-};
-
-template <class S>
-KD_DEVICE bool starts_vector(const S* line, int64_t step) {
-  return step == 1 && reinterpret_cast<uintptr_t>(line) % 16 == 0;
 }
 
 // Planes.
@@ -171,29 +126,8 @@ struct PlaneTeam {
     chunk = block % s.chunks;  // neighbouring blocks read neighbouring memory
     channel = block / s.chunks * (plane_threads / size) + thread_index() / size;
     first = chunk * s.chunk;
-    const int64_t rest = s.lines * s.vectors - first;
+    const int64_t rest = s.all - first;
     count = channel < s.channels ? int(rest < s.chunk ? rest : s.chunk) : 0;
-  }
-};
-
-// One tensor's side of a channel.
-template <class S>
-struct PlaneSide {
-  S* channel;
-  int64_t picture, row, step;  // strides
-  S* line;                     // of the current one: where its vector 0 begins, at most a vector before its element 0
-  bool wide;
-
-  KD_DEVICE PlaneSide(const FeatureView& view, int64_t index)
-      : channel(reinterpret_cast<S*>(view.data) + index * view.stride[1]),
-        picture(view.stride[0]),
-        row(view.stride[2]),
-        step(view.stride[3]) {}
-
-  KD_DEVICE void go_to(int n, int y) { line = channel + n * picture + y * row; }
-  KD_DEVICE void go_back(int elements) {
-    line -= elements * step;
-    wide = starts_vector(line, step);
   }
 };
 
@@ -201,43 +135,50 @@ struct PlaneSide {
 template <class S, class T>
 struct PlaneCursor {
   const ChannelSegment& segment;
-  PlaneSide<const S> s;
-  PlaneSide<const T> t;
-  PlaneSide<S> g;
-  int line, vector, ahead;  // ahead: elements of the line's vector 0 that lie before the line
+  int64_t channel;
+  int picture, row, vector;
+  int ahead;  // elements of the line's vector 0 that lie before the line
+  // Where the line's vector 0 begins; whether whole pieces are vectors.
+  const S* s;
+  const T* t;
+  S* g;
+  bool wide_s, wide_t, wide_g;
 
-  KD_DEVICE PlaneCursor(const PlaneTeam& team, int index)
-      : segment(team.segment),
-        s(segment.student, team.channel),
-        t(segment.teacher, team.channel),
-        g(segment.grad, team.channel) {
-    const int64_t at = team.first + index;
-    line = int(at / segment.vectors);
+  KD_DEVICE PlaneCursor(const PlaneTeam& team, int index) : segment(team.segment), channel(team.channel) {
+    const int64_t at = team.first + index, line = at / segment.vectors;
     vector = int(at % segment.vectors);
+    picture = int(line / segment.rows);
+    row = int(line % segment.rows);
     find_line();
   }
 
   KD_DEVICE void find_line() {
-    const int n = segment.merged ? line : line / segment.height, y = segment.merged ? 0 : line % segment.height;
-    s.go_to(n, y);
-    t.go_to(n, y);
-    g.go_to(n, y);
-    ahead = s.step == 1 ? int(reinterpret_cast<uintptr_t>(s.line) / sizeof(S) % vector_size) : 0;
-    s.go_back(ahead);
-    t.go_back(ahead);
-    g.go_back(ahead);
+    s = line<const S>(segment.student);
+    ahead = segment.student.stride[3] == 1 ? int(reinterpret_cast<uintptr_t>(s) / sizeof(S) % vector_size) : 0;
+    s -= ahead * segment.student.stride[3];
+    t = line<const T>(segment.teacher) - ahead * segment.teacher.stride[3];
+    g = line<S>(segment.grad) - ahead * segment.grad.stride[3];
+    wide_s = starts_vector(s, segment.student.stride[3]);
+    wide_t = starts_vector(t, segment.teacher.stride[3]);
+    wide_g = starts_vector(g, segment.grad.stride[3]);
+  }
+  template <class E>
+  KD_DEVICE E* line(const FeatureView& view) const {
+    return reinterpret_cast<E*>(view.data) + channel * view.stride[1] + picture * view.stride[0] + row * view.stride[2];
   }
 
   // `lines` and `vectors` further. Not beyond the last line.
   KD_DEVICE void go_on(int lines, int vectors) {
     vector += vectors;
-    line += lines;
-    const bool next = vector >= segment.vectors;
-    if (next) {
+    if (vector >= segment.vectors) {
       vector -= segment.vectors;
-      ++line;
+      ++lines;
     }
-    if (next || lines > 0) find_line();
+    if (lines == 0) return;
+    row += lines;
+    picture += row / segment.rows;
+    row %= segment.rows;
+    find_line();
   }
 
   KD_DEVICE Piece piece() const {
@@ -268,13 +209,13 @@ KD_DEVICE void for_pieces(const PlaneTeam& team, const F& body) {
       if (i + b * team.size >= team.count) continue;
       if (i > team.lane || b > 0) at.go_on(lines_on, vectors_on);
       p[b] = at.piece();
-      g[b] = at.g.line;
-      wide[b] = at.g.wide;
-      s[b].load(at.s.line, at.s.step, p[b], at.s.wide);
-      t[b].load(at.t.line, at.t.step, p[b], at.t.wide);
+      g[b] = at.g;
+      wide[b] = at.wide_g;
+      load_packed(s[b], at.s, team.segment.student.stride[3], p[b], at.wide_s);
+      load_packed(t[b], at.t, team.segment.teacher.stride[3], p[b], at.wide_t);
     }
     KD_UNROLL for (int b = 0; b < batch; ++b) {
-      if (p[b].any()) body(p[b], s[b].unpacked(), t[b].unpacked(), g[b], wide[b]);
+      if (p[b].any()) body(p[b], s[b], t[b], g[b], wide[b]);
     }
   }
 }
@@ -306,46 +247,75 @@ struct PixelTeam {
     const int left = channels - vector * vector_size;
     return {vector * vector_size, 0, left < vector_size ? left : vector_size};
   }
+};
 
-  // The block's first channel of a pixel; `data`: of pixel 0.
-  template <class S>
-  KD_DEVICE S* at(S* data, const FeatureView& view, int64_t pixel) const {
-    if (segment.merged) return data + pixel * view.stride[3];
-    const int64_t plane = int64_t(segment.height) * segment.width, n = pixel / plane, rest = pixel % plane;
-    const int64_t y = rest / segment.width, x = rest % segment.width;
-    return data + n * view.stride[0] + y * view.stride[2] + x * view.stride[3];
-  }
-  template <class S>
-  KD_DEVICE S* origin(const FeatureView& view) const {
-    return reinterpret_cast<S*>(view.data) + first_channel * view.stride[1];
-  }
+// The block's first channel of a pixel, in each tensor.
+template <class S, class T>
+struct PixelPlace {
+  const S* s;
+  const T* t;
+  S* g;
 
-  // Calls body(students, teachers, origin of the gradient, the first pixel) for `batch` of this thread's pixels at a
-  // time, which are `rows` apart, and for single ones at the end. Elements outside the piece are undefined.
-  template <int batch, class S, class T, class F>
-  KD_DEVICE void for_pixels(const F& body) const {
-    const Piece p = piece();
-    if (!p.any()) return;
-    int64_t pixel = first + row;
-    KD_NO_UNROLL for (; pixel + (batch - 1) * rows < last; pixel += batch * rows)
-        some_pixels<batch, S, T>(p, pixel, body);
-    KD_NO_UNROLL for (; pixel < last; pixel += rows) some_pixels<1, S, T>(p, pixel, body);
-  }
-
- private:
-  template <int count, class S, class T, class F>
-  KD_DEVICE void some_pixels(const Piece& p, int64_t pixel, const F& body) const {
-    Packed<S> s[count];
-    Packed<T> t[count];
-    KD_UNROLL for (int b = 0; b < count; ++b) {
-      const S* of_s = at(origin<const S>(segment.student), segment.student, pixel + b * rows);
-      const T* of_t = at(origin<const T>(segment.teacher), segment.teacher, pixel + b * rows);
-      const int64_t step_s = segment.student.stride[1], step_t = segment.teacher.stride[1];
-      s[b].load(of_s, step_s, p, starts_vector(of_s, step_s));
-      t[b].load(of_t, step_t, p, starts_vector(of_t, step_t));
+  KD_DEVICE PixelPlace(const PixelTeam& team, int64_t pixel) {
+    const ChannelSegment& segment = team.segment;
+    int64_t n = 0, y = 0, x = pixel;
+    if (!segment.merged) {
+      const uint32_t width = uint32_t(segment.width), height = uint32_t(segment.height);
+      const uint32_t line = uint32_t(pixel) / width, picture = line / height;
+      x = uint32_t(pixel) - line * width;
+      y = line - picture * height;
+      n = picture;
     }
-    body(s, t, origin<S>(segment.grad), pixel);
+    const auto offset = [&](const FeatureView& view) {
+      return team.first_channel * view.stride[1] + n * view.stride[0] + y * view.stride[2] + x * view.stride[3];
+    };
+    s = reinterpret_cast<const S*>(segment.student.data) + offset(segment.student);
+    t = reinterpret_cast<const T*>(segment.teacher.data) + offset(segment.teacher);
+    g = reinterpret_cast<S*>(segment.grad.data) + offset(segment.grad);
+  }
+
+  // `pixels` further, where each follows the one before.
+  KD_DEVICE void go_on(const ChannelSegment& segment, int pixels) {
+    s += pixels * segment.student.stride[3];
+    t += pixels * segment.teacher.stride[3];
+    g += pixels * segment.grad.stride[3];
   }
 };
+
+// Calls body(students, teachers, the gradients' pixels) for `batch` of this thread's pixels at a time, which are
+// team.rows apart, and for single ones at the end, or where pixels do not follow each other. Elements outside
+// team.piece() are undefined.
+template <int batch, class S, class T, class F>
+KD_DEVICE void for_pixels(const PixelTeam& team, const F& body) {
+  const ChannelSegment& segment = team.segment;
+  const Piece p = team.piece();
+  if (!p.any()) return;
+  const int64_t step_s = segment.student.stride[1], step_t = segment.teacher.stride[1];
+  int64_t pixel = team.first + team.row;
+  if (segment.merged) {
+    PixelPlace<S, T> at(team, pixel);
+    KD_NO_UNROLL for (; pixel + (batch - 1) * team.rows < team.last; pixel += batch * team.rows) {
+      Packed<S> s[batch];
+      Packed<T> t[batch];
+      S* g[batch];
+      KD_UNROLL for (int b = 0; b < batch; ++b) {
+        load_packed(s[b], at.s, step_s, p, starts_vector(at.s, step_s));
+        load_packed(t[b], at.t, step_t, p, starts_vector(at.t, step_t));
+        g[b] = at.g;
+        at.go_on(segment, team.rows);
+      }
+      body(s, t, g);
+    }
+  }
+  KD_NO_UNROLL for (; pixel < team.last; pixel += team.rows) {
+    const PixelPlace<S, T> at(team, pixel);
+    Packed<S> s[1];
+    Packed<T> t[1];
+    S* const g[1] = {at.g};
+    load_packed(s[0], at.s, step_s, p, starts_vector(at.s, step_s));
+    load_packed(t[0], at.t, step_t, p, starts_vector(at.t, step_t));
+    body(s, t, g);
+  }
+}
 
 KD_NAMESPACE_END

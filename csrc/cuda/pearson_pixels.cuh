@@ -10,13 +10,14 @@ KD_NAMESPACE_BEGIN
 template <class S, class T>
 KD_DEVICE Base sampled_base(const PixelTeam& team, int channel) {
   constexpr int samples = 16;
-  const FeatureView& student = team.segment.student;
-  const FeatureView& teacher = team.segment.teacher;
+  const int64_t count = team.last - team.first;
+  const int64_t channel_s = channel * team.segment.student.stride[1];
+  const int64_t channel_t = channel * team.segment.teacher.stride[1];
   float s[samples], t[samples];
   KD_UNROLL for (int i = 0; i < samples; ++i) {
-    const int64_t pixel = team.first + (team.last - team.first) * i / samples;
-    s[i] = to_float(team.at(team.origin<const S>(student), student, pixel)[channel * student.stride[1]]);
-    t[i] = to_float(team.at(team.origin<const T>(teacher), teacher, pixel)[channel * teacher.stride[1]]);
+    const PixelPlace<S, T> at(team, team.first + count * i / samples);
+    s[i] = to_float(at.s[channel_s]);
+    t[i] = to_float(at.t[channel_t]);
   }
   Base base;
   base.s.from = s[0];
@@ -42,35 +43,54 @@ KD_DEVICE Base sampled_base(const PixelTeam& team, int channel) {
   return base;
 }
 
-// Shared memory of a block: the bases of its channels; each thread's sums, one number after another; their totals.
+// Eight numbers for each channel of a block, in shared memory. Threads of neighbouring vectors meet no bank twice.
+struct ChannelRows {
+  struct alignas(16) Quad {
+    float x[4];
+  };
+  static constexpr int vector_floats = 8 * vector_size + 4;
+  static constexpr int floats = most_pixel_vectors * vector_floats;
+  float* rows;
+
+  KD_DEVICE float* operator[](int channel) const {
+    return rows + channel / vector_size * vector_floats + channel % vector_size * 8;
+  }
+  KD_DEVICE void get(float (&row)[8], int channel) const {
+    const Quad* quads = reinterpret_cast<const Quad*>((*this)[channel]);
+    const Quad low = quads[0], high = quads[1];
+    KD_UNROLL for (int k = 0; k < 4; ++k) {
+      row[k] = low.x[k];
+      row[k + 4] = high.x[k];
+    }
+  }
+};
+
+// Shared memory of a block: each thread's sums, one number after another; the bases of its channels; their totals.
 struct PixelMemory {
-  static constexpr int channels = most_pixel_vectors * vector_size, base_floats = 7, sum_floats = 8;
-  static constexpr int floats =
-      (base_floats + sum_floats) * channels + sum_floats * vector_size * pixel_threads + pixel_threads / warp_size;
-  float* sums;    // [sum_floats][vector_size][pixel_threads]
-  float* bases;   // [base_floats][channels]
+  static constexpr int channels = most_pixel_vectors * vector_size, sum_floats = 8;
+  static constexpr int floats = sum_floats * vector_size * pixel_threads + ChannelRows::floats + sum_floats * channels +
+                                pixel_threads / warp_size;
+  float* sums;  // [sum_floats][vector_size][pixel_threads]
+  ChannelRows bases;
   float* totals;  // [sum_floats][channels]
   float* flags;   // one per warp
 
   KD_DEVICE explicit PixelMemory(float* memory) {
     sums = memory;
-    bases = sums + sum_floats * vector_size * pixel_threads;
-    totals = bases + base_floats * channels;
+    bases.rows = sums + sum_floats * vector_size * pixel_threads;
+    totals = bases.rows + ChannelRows::floats;
     flags = totals + sum_floats * channels;
   }
 
   KD_DEVICE void put(int channel, const Base& base) const {
-    const float values[base_floats] = {base.s.scale, base.s.offset, base.t.scale, base.t.offset,
-                                       base.slope,   base.s.from,   base.t.from};
-    KD_UNROLL for (int k = 0; k < base_floats; ++k) bases[k * channels + channel] = values[k];
+    const float values[] = {base.s.from, base.s.scale, base.s.offset, base.slope,
+                            base.t.from, base.t.scale, base.t.offset, 0};
+    KD_UNROLL for (int k = 0; k < 8; ++k) bases[channel][k] = values[k];
   }
   KD_DEVICE Base get(int channel) const {
-    const float* from = bases + channel;
-    Base base;
-    base.s = Side{from[5 * channels], from[0], from[channels]};
-    base.t = Side{from[6 * channels], from[2 * channels], from[3 * channels]};
-    base.slope = from[4 * channels];
-    return base;
+    float row[8];
+    bases.get(row, channel);
+    return Base{Side{row[0], row[1], row[2]}, Side{row[4], row[5], row[6]}, row[3]};
   }
 
   // The sums of the block's channels from those of its threads, in an order that depends on the team alone.
@@ -131,7 +151,7 @@ pearson_pixel_sums(const ChannelTable table, float* results) {
   block_sync();
   for (int pass = 1;; ++pass) {
     PairSums sums[vector_size];
-    team.for_pixels<batch, S, T>([&](const auto& s, const auto& t, auto&&...) {
+    for_pixels<batch, S, T>(team, [&](const auto& s, const auto& t, const auto&) {
       constexpr int pixels = sizeof(s) / sizeof(s[0]);
       KD_UNROLL for (int i = 0; i < vector_size; ++i) {
         float of_s[pixels], of_t[pixels];
@@ -164,26 +184,30 @@ pearson_pixel_gradients(const ChannelTable table, const float* grad_loss, const 
   constexpr int batch = sizeof(T) == 2 ? 4 : 2;
   const PixelTeam team(find_segment(table));
   const ChannelSegment& segment = team.segment;
-  float* rows = shared_memory<float>();
+  const ChannelRows rows{shared_memory<float>()};
   const float* first = statistics + (segment.first_channel + team.first_channel) * statistics_per_channel;
-  for (int i = thread_index(); i < team.channels * statistics_per_channel; i += pixel_threads) rows[i] = first[i];
+  for (int i = thread_index(); i < team.channels * statistics_per_channel; i += pixel_threads) {
+    rows[i / statistics_per_channel][i % statistics_per_channel] = first[i];
+  }
   block_sync();
   const Piece p = team.piece();
-  Gradient gradient[vector_size];
-  KD_UNROLL for (int i = 0; i < vector_size; ++i) {
-    if (i < p.end) gradient[i].read(rows + (p.first + i) * statistics_per_channel);
-  }
   const float upstream = *grad_loss;
-  team.for_pixels<batch, S, T>([&](const auto& s, const auto& t, S* to, int64_t pixel) {
+  for_pixels<batch, S, T>(team, [&](const auto& s, const auto& t, const auto& to) {
     constexpr int pixels = sizeof(s) / sizeof(s[0]);
-    KD_UNROLL for (int b = 0; b < pixels; ++b) {
-      Vector g;
-      KD_UNROLL for (int i = 0; i < vector_size; ++i) g.x[i] = gradient[i](upstream, s[b][i], t[b][i]);
-      store_piece(team.at(to, segment.grad, pixel + b * team.rows), segment.grad.stride[1], p, g);
+    Packed<S> g[pixels];
+    KD_UNROLL for (int i = 0; i < vector_size; i += 2) {
+      Gradient first, second;
+      rows.get(first.row, p.first + i);
+      rows.get(second.row, p.first + i + 1);
+      KD_UNROLL for (int b = 0; b < pixels; ++b) {
+        g[b].set(i, first(upstream, s[b][i], t[b][i]), second(upstream, s[b][i + 1], t[b][i + 1]));
+      }
     }
+    const int64_t step = segment.grad.stride[1];
+    KD_UNROLL for (int b = 0; b < pixels; ++b) store_packed(g[b], to[b], step, p, starts_vector(to[b], step));
   });
 }
 
-constexpr int pixel_gradient_floats = PixelMemory::channels * statistics_per_channel;
+constexpr int pixel_gradient_floats = ChannelRows::floats;
 
 KD_NAMESPACE_END

@@ -33,7 +33,8 @@ template <class S, class T>
 KD_DEVICE Base sampled_base(const PlaneTeam& team) {
   const ChannelSegment& segment = team.segment;
   const int lanes = team.size < warp_size ? team.size : warp_size;
-  Vector s, t;
+  Packed<S> s{};
+  Packed<T> t{};
   Piece p{0, 0, 0};
   Base base;
   if (team.count > 0) {
@@ -41,22 +42,18 @@ KD_DEVICE Base sampled_base(const PlaneTeam& team) {
     const PlaneCursor<S, T> start(team, 0);
     const Piece one = start.piece();
     const int element = one.first + one.begin, last = start.ahead + segment.length - 1;
-    base.s.from = to_float(start.s.line[(element < last ? element : last) * start.s.step]);
-    base.t.from = to_float(start.t.line[(element < last ? element : last) * start.t.step]);
+    base.s.from = to_float(start.s[(element < last ? element : last) * segment.student.stride[3]]);
+    base.t.from = to_float(start.t[(element < last ? element : last) * segment.teacher.stride[3]]);
     const PlaneCursor<S, T> at(team, int(int64_t(team.count) * (team.lane % lanes) / lanes));
     p = at.piece();
-    Packed<S> packed_s;
-    Packed<T> packed_t;
-    packed_s.load(at.s.line, at.s.step, p, at.s.wide);
-    packed_t.load(at.t.line, at.t.step, p, at.t.wide);
-    s = packed_s.unpacked();
-    t = packed_t.unpacked();
+    load_packed(s, at.s, segment.student.stride[3], p, at.wide_s);
+    load_packed(t, at.t, segment.teacher.stride[3], p, at.wide_t);
   }
   float x = 0, y = 0, xx = 0, yy = 0, xy = 0;
   KD_UNROLL for (int i = 0; i < vector_size; ++i) {
     const bool inside = i >= p.begin && i < p.end;
-    x += inside ? s.x[i] - base.s.from : 0.0f;
-    y += inside ? t.x[i] - base.t.from : 0.0f;
+    x += inside ? s[i] - base.s.from : 0.0f;
+    y += inside ? t[i] - base.t.from : 0.0f;
   }
   const float count = sum_of_lanes(p.any() ? float(p.end - p.begin) : 0.0f, lanes);
   x = sum_of_lanes(x, lanes) / count;
@@ -65,7 +62,7 @@ KD_DEVICE Base sampled_base(const PlaneTeam& team) {
   move(base.t, y, false, 0);
   KD_UNROLL for (int i = 0; i < vector_size; ++i) {
     const bool inside = i >= p.begin && i < p.end;
-    const float a = inside ? base.s(s.x[i]) : 0.0f, b = inside ? base.t(t.x[i]) : 0.0f;
+    const float a = inside ? base.s(s[i]) : 0.0f, b = inside ? base.t(t[i]) : 0.0f;
     xx += a * a;
     yy += b * b;
     xy += a * b;
@@ -79,15 +76,20 @@ template <int batch, class S, class T>
 KD_DEVICE PairSums sum_pieces(const PlaneTeam& team, const Base& base, float& count) {
   PairSums sums;
   int found = 0;
-  for_pieces<batch, S, T>(team, [&](const Piece& p, Vector s, Vector t, S*, bool) {
-    if (!p.whole()) {  // what stands where nothing was read is 0 about the base
+  for_pieces<batch, S, T>(team, [&](const Piece& p, const Packed<S>& s, const Packed<T>& t, S*, bool) {
+    float of_s[vector_size], of_t[vector_size];
+    KD_UNROLL for (int i = 0; i < vector_size; ++i) {
+      of_s[i] = s[i];
+      of_t[i] = t[i];
+    }
+    if (!p.whole()) {
       KD_UNROLL for (int i = 0; i < vector_size; ++i) {
         const bool inside = i >= p.begin && i < p.end;
-        s.x[i] = inside ? s.x[i] : base.s.from;
-        t.x[i] = inside ? t.x[i] : base.t.from;
+        of_s[i] = inside ? of_s[i] : base.s.from;  // 0 about the base
+        of_t[i] = inside ? of_t[i] : base.t.from;
       }
     }
-    sums.add(base, s.x, t.x);
+    sums.add(base, of_s, of_t);
     found += p.end - p.begin;
   });
   count = float(found);
@@ -157,25 +159,21 @@ pearson_plane_sums(const ChannelTable table, float* results) {
 }
 
 template <class S, class T>
-KD_GLOBAL(plane_threads, 2)
+KD_GLOBAL(plane_threads, 3)
 pearson_plane_gradients(const ChannelTable table, const float* grad_loss, const float* statistics) {
-  constexpr int batch = sizeof(T) == 2 ? 4 : 2;
+  constexpr int batch = 4 / sizeof(S);
   const PlaneTeam team(find_segment(table));
   if (team.count == 0) return;
   const ChannelSegment& segment = team.segment;
   Gradient gradient;
   gradient.read(statistics + (segment.first_channel + team.channel) * statistics_per_channel);
   const float upstream = *grad_loss;
-  for_pieces<batch, S, T>(team, [&](const Piece& p, const Vector& s, const Vector& t, S* to, bool wide) {
-    Vector g;
-    KD_UNROLL for (int i = 0; i < vector_size; ++i) g.x[i] = gradient(upstream, s.x[i], t.x[i]);
-    if (p.whole() && wide) {
-      store_vector(to + p.first, g);
-    } else {
-      KD_UNROLL for (int i = 0; i < vector_size; ++i) {
-        if (i >= p.begin && i < p.end) to[(p.first + i) * segment.grad.stride[3]] = from_float<S>(g.x[i]);
-      }
+  for_pieces<batch, S, T>(team, [&](const Piece& p, const Packed<S>& s, const Packed<T>& t, S* to, bool wide) {
+    Packed<S> g;
+    KD_UNROLL for (int i = 0; i < vector_size; i += 2) {
+      g.set(i, gradient(upstream, s[i], t[i]), gradient(upstream, s[i + 1], t[i + 1]));
     }
+    store_packed(g, to, segment.grad.stride[3], p, wide);
   });
 }
 
