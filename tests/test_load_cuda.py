@@ -23,6 +23,9 @@ def h200(driver: tuple[int, int] | None = (13, 0), *capabilities: cuda.Capabilit
     return cuda.Gpus(capabilities or ((9, 0),), ("NVIDIA H200",) * max(len(capabilities), 1), driver)
 
 
+REGISTER = native._register
+
+
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
     """A process with one H200, in which nothing is loaded yet. A script's object is not loaded really."""
@@ -129,15 +132,14 @@ def test_a_driver_too_old_for_this_nvcc(machine, monkeypatch):
 
 
 def test_an_object_that_this_torch_cannot_load(machine, monkeypatch):
-    monkeypatch.undo()
     path = ship(machine, ["sm_90"])
     with pytest.raises(native.Misfit) as caught:
-        native._register("cuda", path)
+        REGISTER("cuda", path)
     text = str(caught.value)
     assert f"{path}, built for sm_90 with CUDA 13.0, cannot be loaded by torch {torch.__version__} (CUDA " in text
     path.write_bytes(b"damaged")
     with pytest.raises(builder.BuildError, match="is damaged"):
-        native._register("cuda", path)
+        REGISTER("cuda", path)
 
 
 @pytest.mark.parametrize(
@@ -185,6 +187,33 @@ def test_build_ahead_without_a_gpu(machine, monkeypatch):
     assert "no GPU here, and KDKERNELS_CUDA_ARCHS is not set" in native.build_ahead()
     monkeypatch.setenv("KDKERNELS_CUDA_ARCHS", "80;90")
     assert native.build_ahead().endswith("kdkernels_cuda.so, built for sm_80, sm_90 with CUDA 13.0")
+
+
+def test_a_damaged_object_is_named(machine, monkeypatch, capfd):
+    path = ship(machine, ["sm_90"])
+    path.write_bytes(b"truncated")
+    monkeypatch.setattr(native, "_register", REGISTER)
+    monkeypatch.setenv("KDKERNELS_JIT", "0")
+    assert load_and_listen() == []
+    (said,) = capfd.readouterr().err.splitlines()
+    assert f"{path} is damaged; and a new one cannot be built: " in said and "KDKERNELS_JIT=0" in said
+
+
+def test_the_drivers_version(monkeypatch):
+    class Driver:
+        @staticmethod
+        def cuDriverGetVersion(pointer):
+            pointer._obj.value = 13020
+            return 0
+
+    def absent(name):
+        raise OSError(name)
+
+    for library, version in ((lambda name: Driver, (13, 2)), (absent, None)):
+        monkeypatch.setattr(native.ctypes, "CDLL", library)
+        native._driver.cache_clear()
+        assert native._driver() == version
+    native._driver.cache_clear()
 
 
 def test_this_machines_gpus():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import json
 import os
 import threading
@@ -72,12 +73,20 @@ def gpus() -> cuda.Gpus | str:
     if not torch.cuda.is_available():
         return "torch sees no GPU"
     count = range(torch.cuda.device_count())
-    number = getattr(torch._C, "_cuda_getDriverVersion", int)()  # 1000 * major + 10 * minor
-    return cuda.Gpus(
-        tuple(torch.cuda.get_device_capability(i) for i in count),
-        tuple(torch.cuda.get_device_name(i) for i in count),
-        (number // 1000, number % 1000 // 10) if number else None,
-    )
+    capabilities = tuple(torch.cuda.get_device_capability(i) for i in count)
+    return cuda.Gpus(capabilities, tuple(torch.cuda.get_device_name(i) for i in count), _driver())
+
+
+@functools.cache
+def _driver() -> tuple[int, int] | None:
+    """The newest CUDA that the driver runs, asked of the driver's library, which torch has loaded."""
+    number = ctypes.c_int()  # 1000 * major + 10 * minor
+    try:
+        if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number)) != 0:
+            return None
+    except (OSError, AttributeError):
+        return None
+    return number.value // 1000, number.value % 1000 // 10
 
 
 def _misfit(path: Path, here: cuda.Gpus) -> str | None:
@@ -225,9 +234,10 @@ def _find(name: str) -> tuple[Path, str]:
             cache.say(f"what was built at install cannot be used ({_one_line(unfit)})")
         path = _obtain(name)
     except builder.BuildError as error:
-        if isinstance(unfit, Misfit):
-            raise Misfit(f"{unfit}; and a new one cannot be built: {error}") from None
-        raise
+        if unfit is None or name == "cpu":
+            raise
+        kind = Misfit if isinstance(unfit, Misfit) else builder.BuildError
+        raise kind(f"{_one_line(unfit)}; and a new one cannot be built: {error}") from None
     return _register(name, _fitting(name, path)), "built on first use"
 
 
