@@ -8,9 +8,15 @@ from __future__ import annotations
 import math
 import struct
 
+import pytest
 import torch
 
 import kdkernels as kd
+
+# Who draws: PyTorch's operations, and the GPU's kernels.
+COMPILED = pytest.mark.parametrize("backend", ["reference", "cuda"], indirect=True)
+TRITON = pytest.mark.parametrize("backend", ["triton"], indirect=True)
+DRAWN = pytest.mark.parametrize("backend", ["reference", "cuda", "triton"], indirect=True)
 
 SIZES = [(200, 336), (100, 168), (50, 84), (25, 42), (13, 21)]
 STRIDES = [4, 8, 16, 32, 64]

@@ -6,12 +6,13 @@ import weakref
 
 import pytest
 import torch
-from masks_oracle import SIZES, STRIDES, as_flat, drawings, grid_anchors, random_boxes, same
+from masks_oracle import COMPILED, DRAWN, SIZES, STRIDES, as_flat, drawings, grid_anchors, random_boxes, same
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
+@DRAWN
 @pytest.mark.parametrize("name", ["gt", "gaussian", "fine"])
-def test_same_bits_in_any_order_and_with_any_threads(name):
+def test_same_bits_in_any_order_and_with_any_threads(name, backend):
     draw, threads = drawings(sizes=SIZES[1:], strides=STRIDES[1:])[name], torch.get_num_threads()
     boxes = [random_boxes(20, 0), random_boxes(15, 1)]
     want = draw(boxes)
@@ -25,8 +26,9 @@ def test_same_bits_in_any_order_and_with_any_threads(name):
     same(draw(as_flat(boxes), batch_size=2), want)
 
 
+@DRAWN
 @pytest.mark.parametrize("name", ["gt", "gaussian", "fine"])
-def test_nothing_to_draw(name):
+def test_nothing_to_draw(name, backend):
     draw = drawings()[name]
     zeros = [torch.zeros(2, h, w) for h, w in SIZES]
     same(draw([torch.zeros(0, 4)] * 2), zeros)
@@ -40,15 +42,17 @@ def test_nothing_to_draw(name):
         same(empty([torch.tensor([[-3.0, -3, 30, 30]])], assign=assign), [torch.zeros(1, 0, 5), torch.zeros(1, 5, 0)])
 
 
+@COMPILED
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8])
-def test_dtypes_of_boxes(dtype):
+def test_dtypes_of_boxes(dtype, backend):
     # Small integers are exact in all of them.
     boxes = torch.tensor([[8, 8, 40, 40], [0, 0, 111, 111], [16, 32, 33, 48]])
     for draw in drawings().values():
         same(draw([boxes.to(dtype)]), draw([boxes.float()]))
 
 
-def test_masks_are_constants_of_their_own():
+@DRAWN
+def test_masks_are_constants_of_their_own(backend):
     boxes = [random_boxes(5, 0).requires_grad_()]
     for draw in drawings().values():
         masks = draw(boxes)
@@ -56,8 +60,9 @@ def test_masks_are_constants_of_their_own():
         assert len({m.untyped_storage().data_ptr() for m in masks}) == len(masks)
 
 
+@DRAWN
 @pytest.mark.parametrize("name", ["gt", "gaussian", "fine"])
-def test_compiles_whole_and_agrees(name):
+def test_compiles_whole_and_agrees(name, backend):
     sizes, strides = SIZES[2:], STRIDES[2:]
     draw = drawings(grid_anchors(sizes, strides), sizes, strides)[name]
     compiled = torch.compile(lambda b: draw(b, batch_size=2, base_size=56), fullgraph=True, backend="aot_eager")
@@ -119,9 +124,10 @@ def test_the_watch_sees():
     assert watch.peak == 4000
 
 
+@DRAWN
 @pytest.mark.parametrize("assign", ["scale", "all"])
 @pytest.mark.parametrize("name", ["gt", "gaussian", "fine"])
-def test_no_host_sync_and_calls_do_not_grow_with_boxes(name, assign):
+def test_no_host_sync_and_calls_do_not_grow_with_boxes(name, assign, backend):
     draw = drawings(sizes=SIZES[3:], strides=STRIDES[3:])[name]
     calls = []
     for count in (2, 90):
@@ -132,6 +138,7 @@ def test_no_host_sync_and_calls_do_not_grow_with_boxes(name, assign):
     assert calls[0] == calls[1]
 
 
+@COMPILED
 @pytest.mark.parametrize(
     "name, assign, count, megabytes",
     [
@@ -141,7 +148,7 @@ def test_no_host_sync_and_calls_do_not_grow_with_boxes(name, assign):
         ("fine", "scale", 100, 24),  # the same with 4 bytes
     ],
 )
-def test_memory(name, assign, count, megabytes):
+def test_memory(name, assign, count, megabytes, backend):
     # Dense maps, one float per box and cell, take 134 MB for 500 boxes at 200 x 336, 27 MB for 100, several times over.
     boxes = [random_boxes(count // 2, 0), random_boxes(count // 2, 1)]
     draw = drawings(sizes=SIZES[:1], strides=STRIDES[:1])[name] if name == "fine" else drawings()[name]

@@ -62,7 +62,7 @@ def _cells(
     x_last, y_last = tl.minimum(x_stop, w), tl.minimum(y_stop, h)
     touches &= (x_first < w) & (x_stop >= 0) & (y_first < h) & (y_stop >= 0)
     # A single cell becomes the middle of a span of two, where the Gaussian is exactly 1.
-    single = (x_first == x_last) | (y_first == y_last)
+    single = (x_first == x_last) | (y_first == y_last) | (touches == 0)  # the latter only keeps lengths above 0
     x_last, y_last = tl.where(single, x_first + 1, x_last), tl.where(single, y_first + 1, y_last)
     width, height = tl.where(single, 2, x_stop - x), tl.where(single, 2, y_stop - y)
     x, y = tl.where(single, x_first - 1, x), tl.where(single, y_first - 1, y)
