@@ -111,13 +111,13 @@ def test_its_record(library):
 @needs_nvcc
 @pytest.mark.slow
 def test_no_warnings(tmp_path, monkeypatch):
-    """On the oldest and the newest architecture; "all" has four more between them."""
+    """On the oldest architecture: the compile gates see to the others."""
     monkeypatch.setattr(builder, "COMMON_FLAGS", [*builder.COMMON_FLAGS, "-Werror"])
     monkeypatch.setattr(builder, "CUDA_FLAGS", [*builder.CUDA_FLAGS, "-Werror=all-warnings", "-Xcompiler=-Werror"])
     monkeypatch.setenv("KDKERNELS_CUDA_ARCHS", "all")
     codes, _ = builder.cuda_architectures(())
     assert codes[0] == "sm_80" and codes[-1].startswith("compute_")
-    builder.build("cuda", tmp_path, [codes[0], codes[-1]])
+    builder.build("cuda", tmp_path, codes[:1])
 
 
 # Fake tensors: what torch.compile and torch.export see of the ops.
