@@ -22,7 +22,7 @@ from .numbers import INTERPRETED, device_function, max_over
 _FAR = tl.constexpr(2.0**22)
 # The tile, and how many boxes are looked at and drawn at a time. In the interpreter an operation costs the same for any
 # small tile.
-_ROWS, _COLUMNS, _MANY, _FEW = (128, 256, 32, 32) if INTERPRETED.value else (16, 64, 256, 4)
+_ROWS, _COLUMNS, _MANY, _FEW = (128, 128, 64, 64) if INTERPRETED.value else (16, 64, 256, 4)
 
 
 @device_function
