@@ -282,25 +282,30 @@ struct PixelPlace {
   }
 };
 
+// Whether all pieces of a thread that begins at this pixel are vectors.
+template <class S>
+KD_DEVICE bool pixels_are_wide(const FeatureView& view, const S* pixel) {
+  return starts_vector(pixel, view.stride[1]) && view.stride[3] % (16 / int(sizeof(S))) == 0;
+}
+
 // Calls body(students, teachers, the gradients' pixels) for `batch` of this thread's pixels at a time, which are
-// team.rows apart, and for single ones at the end, or where pixels do not follow each other. Elements outside
-// team.piece() are undefined.
+// team.rows apart, where they follow each other and are vectors; else, and at the end, for single ones. Elements
+// outside team.piece() are undefined.
 template <int batch, class S, class T, class F>
 KD_DEVICE void for_pixels(const PixelTeam& team, const F& body) {
   const ChannelSegment& segment = team.segment;
   const Piece p = team.piece();
   if (!p.any()) return;
-  const int64_t step_s = segment.student.stride[1], step_t = segment.teacher.stride[1];
   int64_t pixel = team.first + team.row;
-  if (segment.merged) {
-    PixelPlace<S, T> at(team, pixel);
+  PixelPlace<S, T> at(team, pixel);
+  if (segment.merged && p.whole() && pixels_are_wide(segment.student, at.s) && pixels_are_wide(segment.teacher, at.t)) {
     KD_NO_UNROLL for (; pixel + (batch - 1) * team.rows < team.last; pixel += batch * team.rows) {
       Packed<S> s[batch];
       Packed<T> t[batch];
       S* g[batch];
       KD_UNROLL for (int b = 0; b < batch; ++b) {
-        load_packed(s[b], at.s, step_s, p, starts_vector(at.s, step_s));
-        load_packed(t[b], at.t, step_t, p, starts_vector(at.t, step_t));
+        load_packed(s[b], at.s, 1, Piece{p.first, 0, vector_size}, true);
+        load_packed(t[b], at.t, 1, Piece{p.first, 0, vector_size}, true);
         g[b] = at.g;
         at.go_on(segment, team.rows);
       }
@@ -308,7 +313,8 @@ KD_DEVICE void for_pixels(const PixelTeam& team, const F& body) {
     }
   }
   KD_NO_UNROLL for (; pixel < team.last; pixel += team.rows) {
-    const PixelPlace<S, T> at(team, pixel);
+    at = PixelPlace<S, T>(team, pixel);
+    const int64_t step_s = segment.student.stride[1], step_t = segment.teacher.stride[1];
     Packed<S> s[1];
     Packed<T> t[1];
     S* const g[1] = {at.g};

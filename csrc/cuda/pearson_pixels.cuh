@@ -52,11 +52,11 @@ struct ChannelRows {
   static constexpr int floats = most_pixel_vectors * vector_floats;
   float* rows;
 
-  KD_DEVICE float* operator[](int channel) const {
-    return rows + channel / vector_size * vector_floats + channel % vector_size * 8;
-  }
-  KD_DEVICE void get(float (&row)[8], int channel) const {
-    const Quad* quads = reinterpret_cast<const Quad*>((*this)[channel]);
+  KD_DEVICE float* at(int vector, int i) const { return rows + vector * vector_floats + i * 8; }
+  KD_DEVICE float* at(int channel) const { return at(channel / vector_size, channel % vector_size); }
+
+  KD_DEVICE static void get(float (&row)[8], const float* from) {
+    const Quad* quads = reinterpret_cast<const Quad*>(from);
     const Quad low = quads[0], high = quads[1];
     KD_UNROLL for (int k = 0; k < 4; ++k) {
       row[k] = low.x[k];
@@ -85,11 +85,12 @@ struct PixelMemory {
   KD_DEVICE void put(int channel, const Base& base) const {
     const float values[] = {base.s.from, base.s.scale, base.s.offset, base.slope,
                             base.t.from, base.t.scale, base.t.offset, 0};
-    KD_UNROLL for (int k = 0; k < 8; ++k) bases[channel][k] = values[k];
+    KD_UNROLL for (int k = 0; k < 8; ++k) bases.at(channel)[k] = values[k];
   }
-  KD_DEVICE Base get(int channel) const {
+  KD_DEVICE Base get(int channel) const { return get(channel / vector_size, channel % vector_size); }
+  KD_DEVICE Base get(int vector, int i) const {
     float row[8];
-    bases.get(row, channel);
+    ChannelRows::get(row, bases.at(vector, i));
     return Base{Side{row[0], row[1], row[2]}, Side{row[4], row[5], row[6]}, row[3]};
   }
 
@@ -144,10 +145,10 @@ pearson_pixel_sums(const ChannelTable table, float* results) {
   const PixelTeam team(find_segment(table));
   const PixelMemory memory(shared_memory<float>());
   // Thread i looks after the block's channel i.
-  const int channel = thread_index();
-  const bool exists = channel < team.channels;
-  const float count = float(team.last - team.first);
-  if (channel < PixelMemory::channels) memory.put(channel, exists ? sampled_base<S, T>(team, channel) : Base());
+  if (thread_index() < PixelMemory::channels) {
+    const bool exists = thread_index() < team.channels;
+    memory.put(thread_index(), exists ? sampled_base<S, T>(team, thread_index()) : Base());
+  }
   block_sync();
   for (int pass = 1;; ++pass) {
     PairSums sums[vector_size];
@@ -159,23 +160,24 @@ pearson_pixel_sums(const ChannelTable table, float* results) {
           of_s[b] = s[b][i];
           of_t[b] = t[b][i];
         }
-        sums[i].add(memory.get(team.vector * vector_size + i), of_s, of_t);
+        sums[i].add(memory.get(team.vector, i), of_s, of_t);
       }
     });
     memory.add_up(sums, team);
     bool again = false;
-    if (exists && pass < most_passes) {
-      Base base = memory.get(channel);
-      again = improve(base, memory.total(channel), count);
-      if (again) memory.put(channel, base);
+    if (thread_index() < team.channels && pass < most_passes) {
+      Base base = memory.get(thread_index());
+      again = improve(base, memory.total(thread_index()), float(team.last - team.first));
+      if (again) memory.put(thread_index(), base);
     }
     if (!any_of_block(again, memory.flags)) break;
   }
-  if (!exists) return;
+  if (thread_index() >= team.channels) return;
   const ChannelSegment& segment = team.segment;
-  float* partial = results + segment.first_result + team.chunk * partial_floats * segment.channels;
-  each_of_partial(memory.get(channel), memory.total(channel), count,
-                  [&](int k, float value) { partial[k * segment.channels + team.first_channel + channel] = value; });
+  const int64_t channel = team.first_channel + thread_index();
+  float* partial = results + segment.first_result + team.chunk * partial_floats * segment.channels + channel;
+  each_of_partial(memory.get(thread_index()), memory.total(thread_index()), float(team.last - team.first),
+                  [&](int k, float value) { partial[k * segment.channels] = value; });
 }
 
 template <class S, class T>
@@ -187,7 +189,7 @@ pearson_pixel_gradients(const ChannelTable table, const float* grad_loss, const 
   const ChannelRows rows{shared_memory<float>()};
   const float* first = statistics + (segment.first_channel + team.first_channel) * statistics_per_channel;
   for (int i = thread_index(); i < team.channels * statistics_per_channel; i += pixel_threads) {
-    rows[i / statistics_per_channel][i % statistics_per_channel] = first[i];
+    rows.at(i / statistics_per_channel)[i % statistics_per_channel] = first[i];
   }
   block_sync();
   const Piece p = team.piece();
@@ -197,8 +199,8 @@ pearson_pixel_gradients(const ChannelTable table, const float* grad_loss, const 
     Packed<S> g[pixels];
     KD_UNROLL for (int i = 0; i < vector_size; i += 2) {
       Gradient first, second;
-      rows.get(first.row, p.first + i);
-      rows.get(second.row, p.first + i + 1);
+      ChannelRows::get(first.row, rows.at(team.vector, i));
+      ChannelRows::get(second.row, rows.at(team.vector, i + 1));
       KD_UNROLL for (int b = 0; b < pixels; ++b) {
         g[b].set(i, first(upstream, s[b][i], t[b][i]), second(upstream, s[b][i + 1], t[b][i + 1]));
       }

@@ -161,7 +161,7 @@ pearson_plane_sums(const ChannelTable table, float* results) {
 template <class S, class T>
 KD_GLOBAL(plane_threads, 3)
 pearson_plane_gradients(const ChannelTable table, const float* grad_loss, const float* statistics) {
-  constexpr int batch = 4 / sizeof(S);
+  constexpr int batch = 4 / sizeof(T);
   const PlaneTeam team(find_segment(table));
   if (team.count == 0) return;
   const ChannelSegment& segment = team.segment;
