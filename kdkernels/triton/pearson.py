@@ -4,8 +4,6 @@ float64, in a fixed order, and a third adds up the channels. Backward: reads bot
 One launch per level each way. Compiled for NVIDIA and AMD GPUs, and run in Triton's interpreter; no speed is claimed.
 """
 
-import dataclasses
-
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -145,9 +143,9 @@ def _backward(
 def _plan(student: Tensor, teacher: Tensor) -> tuple[Walk, Tiles, int]:
     """The forward's walk, tiles and warps. A chunk is long: it costs 12 numbers and ten reductions."""
     walk = walk_over(student, teacher)
-    if walk.channels_inner:  # few channels to a thread, as each has reductions of its own
-        walk = dataclasses.replace(walk, vector=min(walk.vector, 4))
-        return walk, tiles_of(walk, columns=32, elements=4096 if INTERPRETED.value else 8192, whole=False), 8
+    if walk.channels_inner:  # many pixels to a thread: each of its channels has reductions of its own
+        elements = 4096 if INTERPRETED.value or walk.vector == 1 else 8192
+        return walk, tiles_of(walk, columns=64, elements=elements, whole=False), 4
     columns = 512 if INTERPRETED.value else 4096
     while columns > 1024 and -walk.pixels % columns > walk.pixels // 8:  # what pads the last chunk
         columns //= 2

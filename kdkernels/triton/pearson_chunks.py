@@ -68,7 +68,8 @@ def sum_chunk(
     ss = sum_over(s * s, AXIS)
     tt = sum_over(t * t, AXIS)
     varies = tt > 0
-    rho = tl.where(ss > 0, tl.sqrt(ss / tl.where(varies, tt, 1.0)), 1.0)
+    # Equal sides get exactly 1, whatever the division does.
+    rho = tl.where((ss > 0) & (ss != tt), tl.sqrt(ss / tl.where(varies, tt, 1.0)), 1.0)
     d = s - tl.expand_dims(rho, AXIS) * t
     # In the order of the fields.
     to = chunks_ptr + slot + c
