@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -22,24 +22,24 @@ from gates import cuda, rules, sass, triton_kernels  # noqa: E402
 from gates.rules import Kernel  # noqa: E402
 
 RECORDED = HERE / "results" / "compile_gates.csv"
-COLUMNS = (
-    "op/kernel",
-    "backend",
-    "arch",
-    "dtypes",
-    "case",
-    "regs",
-    "spill B",
-    "local B",
-    "shared B",
-    "load128",
-    "narrow",
-    "store128",
-    "f64",
-    "cvt64",
-    "atomics",
-    "verdict",
-)
+COLUMNS = {  # and their widths
+    "op/kernel": 49,
+    "backend": 7,
+    "arch": 6,
+    "dtypes": 9,
+    "case": 24,
+    "regs": 7,
+    "spill B": 7,
+    "local B": 7,
+    "shared B": 8,
+    "load128": 7,
+    "narrow": 6,
+    "store128": 8,
+    "f64": 4,
+    "cvt64": 5,
+    "atomics": 7,
+    "verdict": 0,
+}
 
 
 def say(line: str) -> None:
@@ -82,27 +82,30 @@ def row(kernel: Kernel, failed: Sequence[str]) -> tuple[str, ...]:
     return (name, kernel.backend, kernel.arch, kernel.dtypes, kernel.case, registers, *map(str, numbers), verdict)
 
 
-def table(rows: Iterable[Sequence[str]]) -> str:
-    lines = [COLUMNS, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
-    return "\n".join("  ".join(x.ljust(w) for x, w in zip(line, widths)).rstrip() for line in lines)
+def show(cells: Iterable[str]) -> None:
+    """One row of the table. Each is printed at once, so that a run that is stopped has said what it found."""
+    print("  ".join(x.ljust(width) for x, width in zip(cells, COLUMNS.values())).rstrip(), flush=True)
 
 
-def compiled(arguments: argparse.Namespace, errors: list[str]) -> Iterable[Kernel]:
-    """Every kernel that the arguments ask for; what does not compile goes to `errors`."""
+def compiled(arguments: argparse.Namespace, errors: list[str]) -> Iterator[list[Kernel]]:
+    """The kernels that the arguments ask for, those of an op, backend and architecture together; what does not compile
+    goes to `errors`.
+    """
+
+    def wanted(backend: str, ops: Iterable[str]) -> list[str]:
+        return [op for op in ops if backend in arguments.backend and (not arguments.only or op in arguments.only)]
+
     for arch in arguments.arch:
-        if arch in cuda.ARCHITECTURES and "cuda" in arguments.backend and not cuda.obstacle():
-            for op in cuda.ops():
-                if not arguments.only or op in arguments.only:
-                    try:
-                        yield from cuda.kernels(op, arch, say)
-                    except RuntimeError as error:
-                        errors.append(str(error))
-        if "triton" in arguments.backend and not triton_kernels.obstacle():
-            for op in triton_kernels.ops():
-                if not arguments.only or op in arguments.only:
-                    pairs = arguments.pairs or (triton_kernels.PAIRS[:3] if arch == "90" else ("bf16/bf16",))
-                    yield from triton_kernels.kernels(op, arch, tuple(pairs), say, errors.append)
+        if arch in cuda.ARCHITECTURES and not cuda.obstacle():
+            for op in wanted("cuda", cuda.ops()):
+                try:
+                    yield list(cuda.kernels(op, arch, say))
+                except RuntimeError as error:
+                    errors.append(str(error))
+        if not triton_kernels.obstacle():
+            pairs = arguments.pairs or (triton_kernels.PAIRS[:3] if arch == "90" else ("bf16/bf16",))
+            for op in wanted("triton", triton_kernels.ops()):
+                yield list(triton_kernels.kernels(op, arch, tuple(pairs), say, errors.append))
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -125,21 +128,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parse(arguments)
     os.environ.pop("TRITON_INTERPRET", None)  # read when triton is imported, which nothing has done yet
     errors: list[str] = []
-    kernels: dict[object, Kernel] = {}
-    for kernel in compiled(chosen, errors):
-        kernels[kernel] = kernel
+    passed = failing = 0
     ranges = rules.read_ranges(RECORDED)
-    if chosen.record or chosen.widen:
-        ranges = rules.record(ranges, kernels, widen=chosen.widen)
-        rules.write_ranges(RECORDED, ranges)
-    judged = [(kernel, rules.failures(kernel, ranges)) for kernel in kernels]
     print("\n".join(header()))
-    print(table(row(kernel, failed) for kernel, failed in judged))
-    failing = sum(1 for _, failed in judged if failed)
-    print(f"{len(judged)} kernels, {failing} fail")
+    show(COLUMNS)
+    for kernels in compiled(chosen, errors):
+        if chosen.record or chosen.widen:
+            ranges = rules.record(ranges, kernels, widen=chosen.widen)
+            rules.write_ranges(RECORDED, ranges)
+        for kernel in kernels:
+            failed = rules.failures(kernel, ranges)
+            passed, failing = passed + (not failed), failing + bool(failed)
+            show(row(kernel, failed))
+    print(f"{passed} kernels pass, {failing} fail")
     for error in errors:
         print(error)
-    return 1 if failing or errors or not judged else 0
+    return 1 if failing or errors or not passed else 0
 
 
 if __name__ == "__main__":

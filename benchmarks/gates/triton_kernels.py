@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -55,6 +56,9 @@ def target(arch: str) -> Any:
     return GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch), 32)
 
 
+_imported_for: dict[str, str | None] = {}
+
+
 @contextlib.contextmanager
 def _compiling_for(arch: str, launches: list[Any]) -> Iterator[None]:
     """Inside the block the losses' Triton kernels serve CPU tensors, as if those were on a GPU of this kind, and a
@@ -90,6 +94,11 @@ def _compiling_for(arch: str, launches: list[Any]) -> Iterator[None]:
         launches.append((self.__module__.rsplit(".", 1)[-1], self.__name__, kernel))
         return kernel
 
+    hip = "6.4" if arch.startswith("gfx") else None
+    if hip != _imported_for.get("hip", torch.version.hip):  # what files choose when they are imported is chosen anew
+        for name in [x for x in sys.modules if x.startswith("kdkernels.triton")]:
+            del sys.modules[name]
+    _imported_for["hip"] = hip
     before = driver._active
     driver.set_active(Driver())
     try:
@@ -98,6 +107,7 @@ def _compiling_for(arch: str, launches: list[Any]) -> Iterator[None]:
             mock.patch.dict(ops.DEVICES, triton="cpu"),
             mock.patch.object(ops, "_order", lambda loss, student: ("triton",)),
             mock.patch.object(ops, "_obstacle", lambda backend: None),
+            mock.patch.object(torch.version, "hip", hip),
             # Plans differ in the interpreter, which is where kernels meet CPU tensors otherwise.
             mock.patch.object(torch.Tensor, "is_cpu", property(lambda self: False), create=True),
             kd.use_backend("triton"),

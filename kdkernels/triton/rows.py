@@ -28,6 +28,7 @@ from ..losses.arguments import MEAN_OF_ELEMENTS, NONE, SUM
 from .numbers import INTERPRETED, device_function, store_rounded, sum_over, to_float32
 
 TILE_COLUMNS = 2048
+WARP = 64 if torch.version.hip else 32
 COUNTERS = tl.constexpr(64)
 
 
@@ -102,8 +103,8 @@ def launch(rows: Rows, count: int, tile: Any, walk: Any) -> tuple[Any, int, dict
     if rows.columns > TILE_COLUMNS:
         vector = 16 // size
         aligned = tuple(all((m - n) % vector == 0 for m, n in zip(x, begins[0])) for x in begins)
-        lanes = 512 if rows.columns >= 16384 or INTERPRETED.value else 256
-        constants = {"LANES": lanes, "VEC": vector, "UNIT": unit, "ALIGNED": aligned, "num_warps": 8}
+        lanes = 512 if INTERPRETED.value else 256
+        constants = {"LANES": lanes, "VEC": vector, "UNIT": unit, "ALIGNED": aligned, "num_warps": 256 // WARP}
         return walk, count, {**constants, "enable_fp_fusion": True}
     common = 1  # a power of two that divides the width and where every row begins
     if unit:
@@ -117,7 +118,7 @@ def launch(rows: Rows, count: int, tile: Any, walk: Any) -> tuple[Any, int, dict
     if INTERPRETED.value:  # it pays per operation, not per element
         chunk, height = width, max(1, 16384 // width)
     strips = triton.cdiv(rows.columns, chunk)
-    constants = {"ROWS": height, "CHUNK": chunk, "STRIPS": strips, "COMMON": common, "num_warps": 4}
+    constants = {"ROWS": height, "CHUNK": chunk, "STRIPS": strips, "COMMON": common, "num_warps": 128 // WARP}
     return tile, triton.cdiv(count, height), {**constants, "enable_fp_fusion": True}
 
 

@@ -32,7 +32,6 @@ from .rows import (
 
 LOG2_E = tl.constexpr(1.4426950408889634074)
 NOTHING = tl.constexpr(float("-inf"))
-NAN = tl.constexpr(float("nan"))
 STATISTICS = tl.constexpr(8)  # shift_s, mass_s, shift_t, inverse_t, inverse_hard, soft, hard, alive
 
 
@@ -104,19 +103,22 @@ def _finish(
     tl.store(at + 2, tl.where(some, shift_t, 0.0), mask=live)
     tl.store(at + 3, tl.where(some, 1.0 / sum_t, 0.0), mask=live)
     tl.store(at + 4, tl.where(some, 1.0 / hard_sum, 0.0), mask=live)
-    tl.store(at + 5, tl.where(some, tl.where(valid, factor * (1.0 - mu) * classes.inverse, NAN), 0.0), mask=live)
+    tl.store(
+        at + 5, tl.where(some, tl.where(valid, factor * (1.0 - mu) * classes.inverse, float("nan")), 0.0), mask=live
+    )
     tl.store(at + 6, tl.where(some, factor * mu, 0.0), mask=live)
     tl.store(at + 7, tl.where(some, 1.0, 0.0), mask=live)
-    return tl.where(some, tl.where(valid, factor * value, NAN), 0.0)
+    return tl.where(some, tl.where(valid, factor * value, float("nan")), 0.0)
 
 
 @device_function
-def _statistics(statistics, grad_loss, target, row, live, PER_ROW: tl.constexpr):
-    """What the gradient needs of each row, its label and the upstream gradient included."""
+def _statistics(statistics, grad_loss, target, row, columns, live, PER_ROW: tl.constexpr):
+    """What the gradient needs of each row, its label (-1: none of the classes) and the upstream gradient included."""
     at, label = statistics + row * STATISTICS, row
     upstream = tl.load(grad_loss + row * PER_ROW, mask=live)
     if target is not None:
         label = tl.load(target + row, mask=live, other=0)
+        label = tl.where((label >= 0) & (label < columns), label, -1).to(tl.int32)
     soft, hard = upstream * tl.load(at + 5, mask=live, other=0.0), upstream * tl.load(at + 6, mask=live, other=0.0)
     shift_s, mass = tl.load(at, mask=live, other=0.0), tl.load(at + 1, mask=live, other=0.0)
     shift_t, inverse_t = tl.load(at + 2, mask=live, other=0.0), tl.load(at + 3, mask=live, other=0.0)
@@ -227,7 +229,7 @@ def soft_tile_gradient(
 ):
     row, live = tile_rows(count, ROWS)
     starts, start = tile_starts(rows, row, COMMON), tile_start(rows.other, row, rows.sizes, COMMON)
-    known = _statistics(statistics, grad_loss, target, row[:, None], live[:, None], PER_ROW)
+    known = _statistics(statistics, grad_loss, target, row[:, None], rows.columns, live[:, None], PER_ROW)
     alive = tl.load(statistics + row * STATISTICS + 7, mask=live, other=0.0) != 0.0
     for j in tl.static_range(STRIPS):
         column = j * CHUNK + tl.arange(0, CHUNK)
@@ -278,7 +280,10 @@ def _walk_weight(weight, begin, index, columns, MAIN: tl.constexpr):
     found = tl.full([1, 1], 1, tl.float32)
     if weight is not None:
         column = walk_column(begin, index, MAIN)
-        found = tl.load(weight + column, mask=column < columns, other=0.0)
+        if MAIN:
+            found = tl.load(weight + column)
+        else:
+            found = tl.load(weight + column, mask=column < columns, other=0.0)
     return found
 
 
@@ -358,7 +363,7 @@ def soft_walk_gradient(
     ALIGNED: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    known = _statistics(statistics, grad_loss, target, row, True, PER_ROW)
+    known = _statistics(statistics, grad_loss, target, row, rows.columns, True, PER_ROW)
     begin, lane = walk_begin(rows, row, rows.columns, LANES, VEC, UNIT), walk_lanes(LANES, VEC)
     start = row_start(rows.other, row, rows.sizes)
     for i in range(0, begin[3], LANES * VEC):
