@@ -1,14 +1,15 @@
 // The kernels of the losses over rows of logits, for a loss that says what a thread does with columns.
 //
-// A Loss, which travels by value, has for the forward
-//   Context context()                     what it must know of all rows; the whole warp takes part
-//   batch                                 vectors of each side that a thread has in flight, in the first read
-//   Row row(context, r)                   what it must know of a row; row.skip: none of its columns counts
-//   Sums start(row)                       rows.cuh: Sums
-//   add(sums, row, s, t, at, columns)     takes n columns, at(i) the i-th; -inf on both sides where it is not in the
-//   row Look look(row, sums)                  whether the row must be read again, now that its sums are known, and what
-//   for Second, add_again(second, row, sums, look, s, t, at) float finish(row, r, sums, look, second, sides)    the
-//   row's value; keeps what the backward needs
+// A Loss, which travels by value, has for the forward:
+//
+// - Context context(): what it must know of all rows. The whole warp takes part.
+// - batch: vectors of each side that a thread has in flight, in the first read.
+// - Row row(context, r): what it must know of a row. row.skip: none of its columns counts.
+// - Sums start(row), as rows.cuh wants Sums to be.
+// - add(sums, row, s, t, at, columns): takes n columns, at(i) the i-th; -inf on both sides where it is not in the row.
+// - Look look(row, sums): whether the row must be read again, now that its sums are known, and what for.
+// - Second, and add_again(second, row, sums, look, s, t, at): the same for the second read.
+// - float finish(row, r, sums, look, second, sides): the row's value. Keeps what the backward needs.
 #pragma once
 
 #include "row_sums.cuh"

@@ -2,7 +2,8 @@
 finds.
 """
 
+from catalogue_elements import ELEMENTS
 from catalogue_features import FEATURES
 from catalogue_rows import ROWS
 
-MUTANTS = [*FEATURES, *ROWS]
+MUTANTS = [*FEATURES, *ROWS, *ELEMENTS]

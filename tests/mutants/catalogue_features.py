@@ -290,8 +290,8 @@ FEATURES = [
         "Pearson: padding counted as samples",
         "cuda/pearson_planes.cuh",
         "pearson",
-        "s.x[i] = inside ? s.x[i] : base.s.from;",
-        "s.x[i] = inside ? s.x[i] : 0.0f;",
+        "of_s[i] = inside ? of_s[i] : base.s.from;",
+        "of_s[i] = inside ? of_s[i] : 0.0f;",
     ),
     Mutant(
         "Pearson: count of whole pieces",
@@ -343,11 +343,11 @@ FEATURES = [
         "p.end = vector_size;\n    return p;\n  }\n};\n\n// Calls body(piece",
     ),
     Mutant(
-        "Pearson: next line not found",
+        "Pearson: row not carried into the next picture",
         "cuda/channel.cuh",
         "pearson",
-        "if (next || lines > 0) find_line();",
-        "if (lines > 0) find_line();",
+        "picture += row / segment.rows;\n    row %= segment.rows;",
+        "",
     ),
     Mutant(
         "Pearson: chunk one vector short",
