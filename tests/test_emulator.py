@@ -175,6 +175,22 @@ def test_wide_rows_with_and_without_clusters(name, capability, dtype, backend):
         library.kdkernels_emulator_capability(90)
 
 
+@NO_GPU
+@EMULATED
+@pytest.mark.parametrize("name", [*WIDE, "pearson"])
+def test_code_without_clusters_on_a_gpu_that_has_them(name, backend):
+    """A driver may translate the PTX of an older architecture: then no kernel may be launched as if it knew clusters."""
+    library = emulator_library.load()
+    library.kdkernels_emulator_code(80)
+    try:
+        if name == "pearson":
+            check(kd.pearson_loss, torch.randn(2, 70, 9, 15), torch.randn(2, 70, 9, 15), length=18900)
+        else:
+            check(WIDE[name], torch.randn(2, 40001).mul(3), torch.randn(2, 40001).mul(3), length=80002)
+    finally:
+        library.kdkernels_emulator_code(0)
+
+
 def _sanitized(*arguments: str) -> subprocess.CompletedProcess:
     cxx = builder.compiler()
     runtimes = []

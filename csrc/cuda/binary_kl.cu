@@ -116,15 +116,15 @@ struct BinaryGradient {
 
 }  // namespace
 
-int64_t binary_kl_workspace(const RowPair& pair) { return rows_workspace(plan_rows(pair, compute_capability())); }
+int64_t binary_kl_workspace(const RowPair& pair) { return rows_workspace(plan_rows(pair, rows_capability())); }
 
 const char* binary_kl_forward(const RowPair& pair, double temperature, const RowReduction& reduction, float* workspace,
                               float* loss, float* coefficients, void* stream) {
   const BinaryLoss binary{float(temperature), float(1 / temperature),
                           row_factor(reduction, double(pair.rows), double(pair.columns)),
                           static_cast<const float*>(pair.weight), coefficients};
-  return launch_rows(plan_rows(pair, compute_capability()), pair, binary, reduction.kind == RowReduction::none,
-                     workspace, loss, stream);
+  return launch_rows(plan_rows(pair, rows_capability()), pair, binary, reduction.kind == RowReduction::none, workspace,
+                     loss, stream);
 }
 
 const char* binary_kl_backward(const RowPair& pair, double temperature, const float* grad_loss, bool per_row,

@@ -238,12 +238,12 @@ struct KlGradient {
 }  // namespace
 
 int64_t kl_rows_workspace(const RowPair& pair, const KlRegions& regions) {
-  return rows_workspace(plan_rows(pair, compute_capability())) + (regions.foreground ? row_counters(pair.rows) : 0);
+  return rows_workspace(plan_rows(pair, rows_capability())) + (regions.foreground ? row_counters(pair.rows) : 0);
 }
 
 const char* kl_rows_forward(const RowPair& pair, const KlRegions& regions, float* workspace, float* loss,
                             float* statistics, void* stream) {
-  const RowPlan plan = plan_rows(pair, compute_capability());
+  const RowPlan plan = plan_rows(pair, rows_capability());
   KlLoss kl{};
   kl.foreground = regions.foreground;
   for (int i = 0; i < 2; ++i) {

@@ -132,6 +132,7 @@ KD_DEVICE bool any_of_block(bool mine, float* scratch) {
   block_sync();
   float total = 0;
   for (int w = 0; w < block_threads() / warp_size; ++w) total += scratch[w];
+  block_sync();  // before the next answers are written
   return total > 0;
 }
 

@@ -370,7 +370,7 @@ const char* launch(void (*kernel)(P...), const Launch& how, A... arguments) {
 inline int compute_capability() { return emulator::compute_capability(); }
 template <class K>
 int capability_of(K) {
-  return compute_capability();
+  return emulator::code_capability();
 }
 inline int processors() { return 4; }
 #endif

@@ -161,6 +161,9 @@ rows_staged(const RowPlan plan, const Loss loss, const RowView student, const Ro
   store_group(results, block_index(), true, total, exchange.memory);
 }
 
+// Host: what the kernels of this file run as. The finishing kernel, of the same source, speaks for all.
+static inline int rows_capability() { return capability_of(finish_rows<1>); }
+
 // Host: floats of workspace that a forward with this plan needs.
 inline int64_t rows_workspace(const RowPlan& plan) {
   return plan.groups + (plan.parts > 1 ? plan.rows * plan.parts * exchange_floats : 0);

@@ -247,12 +247,12 @@ bool counts_rows(const SoftCrossEntropyOptions& options) {
 }  // namespace
 
 int64_t soft_cross_entropy_workspace(const RowPair& pair, const SoftCrossEntropyOptions& options) {
-  return rows_workspace(plan_rows(pair, compute_capability())) + (counts_rows(options) ? row_counters(pair.rows) : 0);
+  return rows_workspace(plan_rows(pair, rows_capability())) + (counts_rows(options) ? row_counters(pair.rows) : 0);
 }
 
 const char* soft_cross_entropy_forward(const RowPair& pair, const SoftCrossEntropyOptions& options, float* workspace,
                                        float* result, float* statistics, void* stream) {
-  const RowPlan plan = plan_rows(pair, compute_capability());
+  const RowPlan plan = plan_rows(pair, rows_capability());
   SoftLoss loss{};
   loss.temperature = float(options.temperature);
   loss.inverse = float(1 / options.temperature);

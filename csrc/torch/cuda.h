@@ -1,7 +1,7 @@
 // What the registrations for the GPU share: the current stream, the device guard, and how a failed launch is told.
 //
-// The three functions below exist only in a PyTorch built with CUDA. Declared weak, they let this library load, and
-// show what it registers, on any PyTorch. Compiled with KD_EMULATOR the same registrations serve the CPU's tensors, for
+// The function below exists only in a PyTorch built with CUDA. Declared weak, it lets this library load, and show what
+// it registers, on any PyTorch. Compiled with KD_EMULATOR the same registrations serve the CPU's tensors, for
 // tests of the kernels without a GPU.
 #pragma once
 

@@ -160,7 +160,7 @@ def cuda_library(csrc: Path, torch: Path, architectures: Sequence[str], nvcc: Se
     """
     version = cuda.release(nvcc) or (0, 0)
     kernels = [*CUDA_FLAGS, *cuda.flags(architectures)]
-    if version >= (12, 8):
+    if version >= (13, 0):  # drivers of CUDA 12 before 12.4 cannot read it
         kernels.append("--compress-mode=size")
     objects = [(source, kernels) for source in sorted((csrc / "cuda").glob("*.cu"))]
     objects += [(source, _stable_abi(torch)) for source in sorted((csrc / "torch").glob("*_cuda.cpp"))]

@@ -60,7 +60,7 @@ struct State {
 } state;
 
 uint64_t seed = 0;
-int capability = 90;
+int capability = 90, code = 0;
 
 uint64_t random_word() {
   seed += 0x9e3779b97f4a7c15u;
@@ -227,11 +227,14 @@ void run_cluster() {
 int thread_index() { return state.current->index; }
 int block_threads() { return state.threads; }
 int64_t block_index() { return state.current->block->index; }
-int cluster_rank() { return state.current->block->rank; }
-int cluster_blocks() { return state.cluster; }
+// Code for an architecture without clusters does not know that it runs in one.
+bool knows_clusters() { return code_capability() >= 90; }
+int cluster_rank() { return knows_clusters() ? state.current->block->rank : 0; }
+int cluster_blocks() { return knows_clusters() ? state.cluster : 1; }
 void* shared_memory() { return state.current->block->shared; }
 
 void* peer_shared(void* own, int rank) {
+  if (!knows_clusters()) return own;
   if (rank < 0 || rank >= state.cluster) fail("no block of rank %d in a cluster of %d", rank, state.cluster);
   const ptrdiff_t offset = static_cast<char*>(own) - static_cast<char*>(state.current->block->shared);
   if (offset < 0 || offset >= state.shared_bytes) fail("peer_shared of an address outside shared memory");
@@ -239,7 +242,7 @@ void* peer_shared(void* own, int rank) {
 }
 
 void block_sync() { wait(Waits::block); }
-void cluster_sync() { wait(Waits::cluster); }
+void cluster_sync() { wait(knows_clusters() ? Waits::cluster : Waits::block); }
 
 uint32_t shuffle_xor(uint32_t word, int bits) {
   state.current->sent = word;
@@ -251,6 +254,8 @@ uint32_t shuffle_xor(uint32_t word, int bits) {
 void set_seed(uint64_t value) { seed = value; }
 void set_compute_capability(int value) { capability = value; }
 int compute_capability() { return capability; }
+void set_code_capability(int value) { code = value; }
+int code_capability() { return code && code < capability ? code : capability; }
 
 void fail(const char* format, ...) {
   va_list arguments;
@@ -310,5 +315,8 @@ extern "C" {
 __attribute__((visibility("default"))) void kdkernels_emulator_seed(uint64_t seed) { emulator::set_seed(seed); }
 __attribute__((visibility("default"))) void kdkernels_emulator_capability(int capability) {
   emulator::set_compute_capability(capability);
+}
+__attribute__((visibility("default"))) void kdkernels_emulator_code(int capability) {
+  emulator::set_code_capability(capability);
 }
 }

@@ -30,6 +30,9 @@ uint32_t shuffle_xor(uint32_t word, int bits);
 void set_seed(uint64_t seed);
 void set_compute_capability(int capability);
 int compute_capability();
+// What kernels were compiled for, if a driver translated them from the PTX of an older architecture; 0: for the device.
+void set_code_capability(int capability);
+int code_capability();
 
 // Ends the launch with an error.
 [[noreturn]] void fail(const char* format, ...);
