@@ -101,10 +101,11 @@ def first_failure(mutant: Mutant, library: Path) -> str | None:
 def main() -> int:
     """Runs the chosen mutants; 1 if a survivor is not explained or an explanation is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", help="only mutants whose name, file or loss contains this")
+    parser.add_argument("--only", nargs="+", help="only mutants whose name, file or loss contains one of these")
     parser.add_argument("--results", type=Path, help="write the list there")
     options = parser.parse_args()
-    chosen = [m for m in MUTANTS if not options.only or options.only in f"{m.name} {m.file} {m.loss}"]
+    wanted = options.only or [""]
+    chosen = [m for m in MUTANTS if any(word in f"{m.name} {m.file} {m.loss}" for word in wanted)]
     rows, wrong, began = [], 0, time.monotonic()
     with tempfile.TemporaryDirectory(prefix="kdkernels-mutants-") as folder:
         work = Path(folder)
