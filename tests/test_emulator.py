@@ -179,7 +179,7 @@ def test_wide_rows_with_and_without_clusters(name, capability, dtype, backend):
 @EMULATED
 @pytest.mark.parametrize("name", [*WIDE, "pearson"])
 def test_code_without_clusters_on_a_gpu_that_has_them(name, backend):
-    """A driver may translate the PTX of an older architecture: then no kernel may be launched as if it knew clusters."""
+    """A driver may translate the PTX of an older architecture: no kernel may then count on clusters."""
     library = emulator_library.load()
     library.kdkernels_emulator_code(80)
     try:

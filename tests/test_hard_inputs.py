@@ -49,6 +49,24 @@ def test_high_temperature(name, temperature, backend):
     assert (got.loss.double() - truth.loss).abs() / truth.loss < 32 * torch.finfo(torch.float32).eps
 
 
+def test_close_binary_logits_at_a_temperature(backend):
+    """The difference of close logits is taken before T divides them: afterwards each has a rounding of its own."""
+    if backend == "reference":
+        pytest.skip("the formula cancels here; it is the peer, not the subject")
+    teacher = torch.randn(6, 80) * 3
+    student = teacher + 1e-4 * torch.randn(6, 80)
+    got = evaluate(kd.binary_kl_loss, student, teacher, temperature=3.0)
+    truth = exact(kd.binary_kl_loss, student, teacher, temperature=3.0)
+    assert (got.loss.double() - truth.loss).abs() / truth.loss < 32 * torch.finfo(torch.float32).eps
+
+
+def test_binary_logits_at_the_middle(backend):
+    """log 2 to the last digits: every element is the same, so no errors average out."""
+    teacher = torch.full((4, 33), 20.0)
+    loss = kd.binary_kl_loss(torch.zeros(4, 33), teacher, reduction="mean")
+    assert abs(loss.item() - 0.6931471373) < 4 * torch.finfo(torch.float32).eps * 0.7
+
+
 def test_close_rows_with_an_offset(backend):
     """A common offset of one side changes nothing: it is taken out before anything is compared."""
     if backend == "reference":

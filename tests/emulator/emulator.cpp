@@ -4,6 +4,7 @@
 #include <stdarg.h>
 #include <sys/mman.h>
 
+#include <utility>
 #include <vector>
 
 #if !defined(__x86_64__)
@@ -179,30 +180,70 @@ bool release_waiting() {
   return release(0, count, Waits::cluster) || released;
 }
 
+// Runs a fiber until it waits or ends. False if the launch failed.
+bool resume(Fiber& fiber) {
+  state.current = &fiber;
+  to_fiber(fiber);
+  return !state.error[0];
+}
+
+// A block that has ended has no shared memory: who still reads it shall notice.
+void forget_ended_blocks() {
+  const int threads = state.threads;
+  for (size_t b = 0; b < state.blocks.size(); ++b) {
+    bool ended = true;
+    for (int i = 0; i < threads; ++i)
+      ended = ended && state.fibers[b * size_t(threads) + size_t(i)].waits == Waits::ended;
+    if (ended) memset(state.blocks[b].shared, 0xff, size_t(state.shared_bytes));
+  }
+}
+
+// Every fiber in turn, a step each: warps advance together. With a seed, warps in a random order, each as far as it
+// can go alone: what a barrier should have held back happens.
+bool run_fibers(const std::vector<int>& order) {
+  bool ran = false;
+  for (size_t at = 0; at < order.size(); at += seed ? warp_size : 1) {
+    const int first = order[at] / warp_size * warp_size;
+    for (bool again = true; again;) {
+      for (size_t i = 0; i < (seed ? size_t(warp_size) : 1); ++i) {
+        Fiber& fiber = state.fibers[size_t(order[at + i])];
+        if (fiber.waits != Waits::nothing) continue;
+        if (!resume(fiber)) return true;
+        ran = true;
+      }
+      again = seed && release(first, first + warp_size, Waits::warp) && !state.error[0];
+    }
+    if (seed && state.cluster > 1) forget_ended_blocks();
+  }
+  return ran;
+}
+
+// A permutation of the warps, and of the lanes of each.
+void shuffle(std::vector<int>& order, int count) {
+  order.resize(size_t(count));
+  for (int i = 0; i < count; ++i) order[size_t(i)] = i;
+  if (!seed) return;
+  for (int w = count / warp_size - 1; w > 0; --w) {
+    const int other = int(random_word() % uint64_t(w + 1));
+    for (int i = 0; i < warp_size; ++i)
+      std::swap(order[size_t(w * warp_size + i)], order[size_t(other * warp_size + i)]);
+  }
+  for (int w = 0; w < count; w += warp_size) {
+    for (int i = warp_size - 1; i > 0; --i) {
+      std::swap(order[size_t(w + i)], order[size_t(w) + size_t(random_word() % uint64_t(i + 1))]);
+    }
+  }
+}
+
 void run_cluster() {
   const int count = int(state.fibers.size());
   static std::vector<int> order;
-  order.resize(size_t(count));
-  for (int i = 0; i < count; ++i) order[i] = i;
-  for (int i = count - 1; seed && i > 0; --i) {
-    const int j = int(random_word() % uint64_t(i + 1));
-    const int kept = order[i];
-    order[i] = order[j];
-    order[j] = kept;
-  }
+  shuffle(order, count);
   for (;;) {
-    bool ran = false;
+    const bool ran = run_fibers(order);
+    if (state.error[0]) return;
     int ended = 0;
-    for (int i : order) {
-      Fiber& fiber = state.fibers[i];
-      if (fiber.waits == Waits::nothing) {
-        state.current = &fiber;
-        to_fiber(fiber);
-        ran = true;
-        if (state.error[0]) return;
-      }
-      ended += fiber.waits == Waits::ended;
-    }
+    for (const Fiber& fiber : state.fibers) ended += fiber.waits == Waits::ended;
     if (ended == count) return;
     if (release_waiting() || ran) {
       if (state.error[0]) return;

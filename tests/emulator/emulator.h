@@ -1,9 +1,10 @@
 // Runs the bodies of CUDA kernels on the host, for csrc/cuda/primitives.cuh compiled without nvcc: one fiber per
 // thread, the blocks of a cluster at once, clusters one after the other.
 //
-// What a GPU leaves undefined shows here: shared memory starts as NaN, the order in which threads run between barriers
-// is a permutation by seed, a barrier that not all threads reach ends the launch with an error, and 16-byte accesses
-// check their address. Built with -fsanitize=address,undefined every access to memory is checked as well.
+// What a GPU leaves undefined shows here: shared memory starts as NaN and is NaN again when its block has ended; with a
+// seed, threads run in a permuted order and each warp runs ahead as far as barriers let it; a barrier that not all
+// threads reach ends the launch with an error, and 16-byte accesses check their address. Built with
+// -fsanitize=address,undefined every access to memory is checked as well.
 #pragma once
 
 #include <stddef.h>

@@ -82,7 +82,14 @@ FEATURES = [
         "const Vector m = mask_of_piece(tile, mask, first + b * segment.line_step, piece[b]);",
         "const Vector m = mask_of_piece(tile, mask, first, piece[b]);",
     ),
-    Mutant("idle threads take part", _MSE, "masked_mse", "if (tile.line >= segment.line_step) return;", ""),
+    Mutant(
+        "idle threads take part",
+        _MSE,
+        "masked_mse",
+        "if (tile.line >= segment.line_step) return;",
+        "",
+        equivalent="They write the same numbers to the same places as the threads whose lines they take.",
+    ),
     Mutant(
         "head of a line not peeled",
         _FEATURE,
@@ -194,6 +201,7 @@ FEATURES = [
         "pearson",
         "if (fabsf(from) < 3e38f) side.from = from;",
         "side.from = side.from + step;",
+        equivalent="A side is scaled at its first move, from scale 1, where both are the same; no input was found that moves it again.",
     ),
     Mutant(
         "Pearson: mean far from the base is good",
@@ -201,6 +209,7 @@ FEATURES = [
         "pearson",
         "sums.x * mean_x <= 4 * xx && sums.y * mean_y <= 4 * yy",
         "true",
+        equivalent="The base is the mean of a sample spread over the chunk: only data that are outliers at just the sampled places would lose digits, about seven bits; no input was found.",
     ),
     Mutant(
         "Pearson: any slope is good",
@@ -243,6 +252,7 @@ FEATURES = [
         "pearson",
         "largest_x = fmaxf(largest_x, other.largest_x);",
         "",
+        equivalent="It says whether a side is constant, which decides about the slope; the sample's slope serves sides that are constant in one warp's part only.",
     ),
     Mutant(
         "Pearson: u from the student's own spread",

@@ -50,6 +50,7 @@ ROWS = [
         "terms += es == 0 && et == 0 ? 0.0f : term;",
         "terms += term;",
         unit="kl_rows",
+        equivalent="close_kl_term is 0 there as well: its far branch takes the student's exponential, which is 0.",
     ),
     Mutant(
         "KL: no T^2",
@@ -106,6 +107,7 @@ ROWS = [
         "shares.of[i] /= larger(1.0f, count[i]);",
         "shares.of[i] /= count[i];",
         unit="kl_rows",
+        equivalent="A region without rows has no row that would use its share.",
     ),
     Mutant(
         "counting stops one row early",
@@ -251,6 +253,7 @@ ROWS = [
         "unsigned(start.column) + unsigned(p.first + p.begin - begin)",
         "unsigned(start.column) + unsigned(p.first + p.begin)",
         unit="kl_rows",
+        equivalent="Gradients are fresh allocations, which begin at multiples of 16 bytes: nothing lies before.",
     ),
     Mutant(
         "gradients: blocks of a row overlap",
