@@ -150,10 +150,10 @@ def test_the_order_of_threads_changes_nothing(name, size, backend, seeded):
 
 
 WIDE = {
-    "temperature_kl": lambda s, t: kd.temperature_kl_loss(s, t, temperature=2.0),
-    "decoupled_kl": lambda s, t: kd.decoupled_kl_loss(s, t, torch.arange(len(s)) % 2 == 0),
-    "soft_cross_entropy": lambda s, t: kd.soft_cross_entropy_loss(s, t, temperature=2.0),
-    "binary_kl": lambda s, t: kd.binary_kl_loss(s, t),
+    "temperature_kl": lambda s, t, **k: kd.temperature_kl_loss(s, t, temperature=2.0, **k),
+    "decoupled_kl": lambda s, t, **k: kd.decoupled_kl_loss(s, t, torch.arange(len(s)) % 2 == 0, **k),
+    "soft_cross_entropy": lambda s, t, **k: kd.soft_cross_entropy_loss(s, t, temperature=2.0, **k),
+    "binary_kl": lambda s, t, **k: kd.binary_kl_loss(s, t, **k),
 }
 
 
@@ -189,6 +189,25 @@ def test_code_without_clusters_on_a_gpu_that_has_them(name, backend):
             check(WIDE[name], torch.randn(2, 40001).mul(3), torch.randn(2, 40001).mul(3), length=80002)
     finally:
         library.kdkernels_emulator_code(0)
+
+
+@NO_GPU
+@EMULATED
+@pytest.mark.parametrize("name", WIDE)
+@pytest.mark.parametrize("shape", [(3, 3001), (2, 20011)])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_thread_order_of_rows_that_are_read_twice(name, shape, reduction, backend, seeded):
+    """Rows of a block, and of a cluster, whose sides are close: two exchanges follow each other. Without a reduction
+    nothing but the last barrier keeps a block of a cluster from ending while others read what it has.
+    """
+    teacher = torch.randn(shape)
+    student = (teacher * (1 + 0.01 * torch.randn(shape))).requires_grad_()
+    found = []
+    for seed in range(5):
+        seeded(seed)
+        loss = WIDE[name](student, teacher, reduction=reduction)
+        found.append((loss.detach(), *torch.autograd.grad(loss.sum(), student)))
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(other, found[0], strict=True))
 
 
 def _sanitized(*arguments: str) -> subprocess.CompletedProcess:

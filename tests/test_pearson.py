@@ -48,6 +48,15 @@ def test_teacher_gets_nothing(backend):
     check_teacher_constant(LOSS, "pyramid")
 
 
+def test_more_levels_than_one_launch_takes(backend):
+    """70 levels, the dtype changing from one to the next, some of them empty."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    shapes = [(1 + i % 2, i % 4, 2 + i % 3, 5) for i in range(70)]
+    students = [torch.randn(shape).to(dtypes[i % 3]) for i, shape in enumerate(shapes)]
+    teachers = [torch.randn(s.shape).to(s.dtype) for s in students]
+    check(kd.pearson_loss, students, teachers, length=2400)
+
+
 @LAYOUTS
 def test_is_one_minus_the_correlation(layout, backend):
     """(m - 1) / m (1 - r), r the mean of the channels' correlations."""

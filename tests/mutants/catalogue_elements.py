@@ -114,6 +114,7 @@ ELEMENTS = [
         "bounded_regression",
         "const float step = open == 0 ? 0.0f : bound_scale * x;",
         "const float step = open * bound_scale * x;",
+        equivalent="Finite coordinates give the same 0; of an infinite one the smooth L1 is infinite as well.",
     ),
     Mutant(
         "bounded: batch gate from the student alone",

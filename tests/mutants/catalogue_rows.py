@@ -164,6 +164,7 @@ ROWS = [
         "if (turn > 0) block_sync();  // the last turn's rows have been read",
         "",
         unit="kl_rows",
+        equivalent="A block takes a second turn from two million short rows on, which the emulator does not run: not equivalent, but out of its reach.",
     ),
     Mutant(
         "rows: exchange areas do not take turns",
