@@ -23,7 +23,7 @@ class Choice:
     measured: str | None = None
 
 
-# C++ first: a launch costs a few microseconds less on the host, levels share one launch, and wide rows use clusters.
+# C++ first, an expectation: launches cost the host less, levels share one launch, and wide rows use clusters.
 TABLE = [Choice("cuda")]
 
 
@@ -43,7 +43,8 @@ def choice(loss: str, major: int | None, elements: int | None = None) -> Choice:
 
 
 def order(loss: str, student: torch.Tensor) -> tuple[str, ...]:
-    """The GPU backends for a call, the preferred one first."""
-    sized = any(entry.elements for entry in TABLE)
-    preferred = choice(loss, _major(student.device), student.numel() if sized else None).backend
+    """The GPU backends for a call, the preferred one first. Asks of device and size only what an entry depends on."""
+    major = _major(student.device) if any(entry.major is not None for entry in TABLE) else None
+    elements = student.numel() if any(entry.elements for entry in TABLE) else None
+    preferred = choice(loss, major, elements).backend
     return (preferred, "triton" if preferred == "cuda" else "cuda")

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from gates.flow import Counts
 
-# Excuses, each a pattern of "op.kernel" or "op.kernel case", which must match whole, and the reason.
+# Excuses, each a pattern of "op.kernel", "op.kernel case" or "op.kernel case architecture", which must match whole, and
+# the reason.
 FLOAT64 = {
     r".*finish.*": "one block adds up the partial results of a whole launch, in float64 on purpose",
     r"bounded_regression\.bounded_regression_batch_gate": "one block compares two means over all rows, in float64",
@@ -25,6 +26,7 @@ NARROW_LOADS = {
     r"pearson\.(pearson)?_total": "reads the partial results, not features",
     r"rows\.count|\w+\.count_rows<\w+>": "reads class indices or flags, a few bytes per row",
     r"masks\.draw.*": "reads boxes, of which there are few; masks are what it writes",
+    r"bounded_regression\.bounded_tile .* gfx942": "a row is four values: 8 bytes of a 16-bit dtype, a lane's own row",
 }
 # Triton cannot peel an unaligned head inside a tile.
 _TRITON_ODD = {
@@ -96,7 +98,9 @@ def excuse(kernel: Kernel, excuses: dict[str, str]) -> str | None:
     """Why a gate does not apply to the kernel, or None."""
     name = f"{kernel.op}.{kernel.name}"
     for pattern, reason in excuses.items():
-        if re.fullmatch(pattern, name) or re.fullmatch(pattern, f"{name} {kernel.case}"):
+        if any(
+            re.fullmatch(pattern, x) for x in (name, f"{name} {kernel.case}", f"{name} {kernel.case} {kernel.arch}")
+        ):
             return reason
     return None
 

@@ -7,9 +7,8 @@
 // line's own addresses, so that odd sizes cost a peeled head and tail, never the wide access.
 #pragma once
 
-#include "pairs.cuh"
 #include "pieces.cuh"
-#include "primitives.cuh"
+#include "table.cuh"
 
 KD_NAMESPACE_BEGIN
 
@@ -38,12 +37,7 @@ struct FeatureSegment {
   int64_t blocks() const { return outer * groups * tiles; }
 };
 
-constexpr int max_segments = 12;  // a table stays below the 4 KB of kernel arguments that every driver takes
-struct FeatureTable {
-  int count;
-  int64_t blocks;
-  FeatureSegment segment[max_segments];
-};
+using FeatureTable = SegmentTable<FeatureSegment>;
 static_assert(sizeof(FeatureTable) < 4000, "leaves room for a kernel's other arguments");
 
 // Host: the plan of one level. No blocks where it is empty.
@@ -82,34 +76,6 @@ inline FeatureSegment plan_segment(const FeatureLevel& level, int index) {
   return s;
 }
 
-// Host: calls body(S(), T(), table) until each level that is not empty was in a table. Levels of one table have the
-// same element types.
-template <class F>
-const char* for_each_table(const FeatureLevel* levels, int count, const F& body) {
-  const Dtype types[] = {Dtype::float32, Dtype::bfloat16, Dtype::float16};
-  for (const Dtype student : types) {
-    for (const Dtype teacher : types) {
-      int next = 0;
-      while (next < count) {
-        FeatureTable table{};
-        for (; next < count && table.count < max_segments; ++next) {
-          const FeatureLevel& level = levels[next];
-          if (level.student.dtype != student || level.teacher.dtype != teacher) continue;
-          FeatureSegment segment = plan_segment(level, next);
-          if (segment.blocks() == 0) continue;
-          segment.first_block = table.blocks;
-          table.blocks += segment.blocks();
-          table.segment[table.count++] = segment;
-        }
-        if (table.count == 0) continue;
-        const char* error = with_types(student, teacher, [&](auto s, auto t) { return body(s, t, table); });
-        if (error) return error;
-      }
-    }
-  }
-  return nullptr;
-}
-
 // Where a block works.
 struct Tile {
   const FeatureSegment* segment;
@@ -120,9 +86,7 @@ struct Tile {
 };
 
 KD_DEVICE Tile find_tile(const FeatureTable& table) {
-  int index = 0;
-  while (index + 1 < table.count && table.segment[index + 1].first_block <= block_index()) ++index;
-  const FeatureSegment& s = table.segment[index];
+  const FeatureSegment& s = find_segment(table);
   Tile tile;
   tile.segment = &s;
   tile.block = block_index() - s.first_block;
@@ -175,6 +139,32 @@ KD_DEVICE Piece piece_of(const Tile& tile, const S* line) {
   p.begin = p.first < tile.begin ? tile.begin - p.first : 0;
   p.end = tile.end - p.first < vector_size ? tile.end - p.first : vector_size;
   return p;
+}
+
+// Calls body(piece, student, teacher, line) for each of this thread's pieces of a tile, `batch` of them in flight.
+template <int batch, class S, class T, class F>
+KD_DEVICE void for_pieces(const Tile& tile, const F& body) {
+  const FeatureSegment& segment = *tile.segment;
+  if (tile.line >= segment.line_step) return;  // threads that are left over
+  const Lines<const S> student(segment, segment.student, tile.outer);
+  const Lines<const T> teacher(segment, segment.teacher, tile.outer);
+  for (int64_t first = tile.first_line + tile.line; first < tile.last_line; first += batch * segment.line_step) {
+    Piece piece[batch];
+    Vector s[batch], t[batch];
+    KD_UNROLL for (int b = 0; b < batch; ++b) {
+      const int64_t line = first + b * segment.line_step;
+      piece[b] = Piece{0, 0, 0};
+      if (line >= tile.last_line) continue;
+      const S* line_s = student.line(segment, segment.student, line);
+      piece[b] = piece_of(tile, line_s);
+      if (!piece[b].any()) continue;
+      s[b] = load_piece(line_s, student.step, piece[b]);
+      t[b] = load_piece(teacher.line(segment, segment.teacher, line), teacher.step, piece[b]);
+    }
+    KD_UNROLL for (int b = 0; b < batch; ++b) {
+      if (piece[b].any()) body(piece[b], s[b], t[b], first + b * segment.line_step);
+    }
+  }
 }
 
 KD_NAMESPACE_END

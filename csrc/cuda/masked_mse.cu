@@ -71,30 +71,11 @@ masked_mse_sums(const FeatureTable table, float* results) {
   if (!segment.channels_inner) mask.load(tile);
   float sums[parts] = {};
   count_regions(tile, mask, sums);
-  const Lines<const S> student(segment, segment.student, tile.outer);
-  const Lines<const T> teacher(segment, segment.teacher, tile.outer);
   RegionSums<float> squares{0, 0};
-  if (tile.line < segment.line_step) {
-    for (int64_t first = tile.first_line + tile.line; first < tile.last_line; first += batch * segment.line_step) {
-      Piece piece[batch];
-      Vector s[batch], t[batch];
-      KD_UNROLL for (int b = 0; b < batch; ++b) {
-        const int64_t line = first + b * segment.line_step;
-        piece[b] = Piece{0, 0, 0};
-        if (line >= tile.last_line) continue;
-        const S* line_s = student.line(segment, segment.student, line);
-        piece[b] = piece_of(tile, line_s);
-        if (!piece[b].any()) continue;
-        s[b] = load_piece(line_s, student.step, piece[b]);
-        t[b] = load_piece(teacher.line(segment, segment.teacher, line), teacher.step, piece[b]);
-      }
-      KD_UNROLL for (int b = 0; b < batch; ++b) {
-        if (!piece[b].any()) continue;
-        const Vector m = mask_of_piece(tile, mask, first + b * segment.line_step, piece[b]);
-        KD_UNROLL for (int i = 0; i < vector_size; ++i) add_squared_difference(squares, s[b].x[i], t[b].x[i], m.x[i]);
-      }
-    }
-  }
+  for_pieces<batch, S, T>(tile, [&](const Piece& p, const Vector& s, const Vector& t, int64_t line) {
+    const Vector m = mask_of_piece(tile, mask, line, p);
+    KD_UNROLL for (int i = 0; i < vector_size; ++i) add_squared_difference(squares, s.x[i], t.x[i], m.x[i]);
+  });
   sums[foreground] = squares.foreground;
   sums[background] = squares.background;
   block_sync();  // the mask has been read: its memory serves the sums
@@ -163,36 +144,17 @@ masked_mse_gradients(const FeatureTable table, const float* grad_loss, const flo
   const FeatureSegment& segment = *tile.segment;
   const MaskTile mask{shared_memory<float>()};
   if (!segment.channels_inner) mask.load(tile);
-  if (tile.line >= segment.line_step) return;
   const float upstream = *grad_loss;
-  const float f = upstream * scales[2 * segment.level], b_scale = upstream * scales[2 * segment.level + 1];
-  const Lines<const S> student(segment, segment.student, tile.outer);
-  const Lines<const T> teacher(segment, segment.teacher, tile.outer);
+  const float inside = upstream * scales[2 * segment.level], outside = upstream * scales[2 * segment.level + 1];
   const Lines<S> grad(segment, segment.grad, tile.outer);
-  for (int64_t first = tile.first_line + tile.line; first < tile.last_line; first += batch * segment.line_step) {
-    Piece piece[batch];
-    Vector s[batch], t[batch];
-    KD_UNROLL for (int b = 0; b < batch; ++b) {
-      const int64_t line = first + b * segment.line_step;
-      piece[b] = Piece{0, 0, 0};
-      if (line >= tile.last_line) continue;
-      const S* line_s = student.line(segment, segment.student, line);
-      piece[b] = piece_of(tile, line_s);
-      if (!piece[b].any()) continue;
-      s[b] = load_piece(line_s, student.step, piece[b]);
-      t[b] = load_piece(teacher.line(segment, segment.teacher, line), teacher.step, piece[b]);
+  for_pieces<batch, S, T>(tile, [&](const Piece& p, const Vector& s, const Vector& t, int64_t line) {
+    const Vector m = mask_of_piece(tile, mask, line, p);
+    Vector g;
+    KD_UNROLL for (int i = 0; i < vector_size; ++i) {
+      g.x[i] = masked_mse_gradient(s.x[i], t.x[i], m.x[i], inside, outside);
     }
-    KD_UNROLL for (int b = 0; b < batch; ++b) {
-      if (!piece[b].any()) continue;
-      const int64_t line = first + b * segment.line_step;
-      const Vector m = mask_of_piece(tile, mask, line, piece[b]);
-      Vector g;
-      KD_UNROLL for (int i = 0; i < vector_size; ++i) {
-        g.x[i] = masked_mse_gradient(s[b].x[i], t[b].x[i], m.x[i], f, b_scale);
-      }
-      store_piece(grad.line(segment, segment.grad, line), grad.step, piece[b], g);
-    }
-  }
+    store_piece(grad.line(segment, segment.grad, line), grad.step, p, g);
+  });
 }
 
 }  // namespace
@@ -228,33 +190,35 @@ const char* masked_mse_forward(const FeatureLevel* levels, int count, const Mask
     }
     finish[waiting++] = FinishLevel{0, 0, double(levels[i].c), double(levels[i].n), i};
   }
-  const char* error = for_each_table(levels, count, [&](auto s, auto t, const FeatureTable& table) -> const char* {
-    using S = decltype(s);
-    using T = decltype(t);
-    const Launch how{table.blocks, feature_threads, int(sizeof(float)) * MaskTile::floats, stream};
-    if (const char* e = launch(masked_mse_sums<S, T>, how, table, workspace + launched * parts)) return e;
-    for (int i = 0; i < table.count; ++i) {
-      const FeatureSegment& segment = table.segment[i];
-      const FeatureLevel& level = levels[segment.level];
-      if (waiting == max_finish_levels) {
-        if (const char* e = finish_waiting()) return e;
-      }
-      finish[waiting++] = FinishLevel{launched + segment.first_block, segment.blocks(), double(level.c),
-                                      double(level.n), segment.level};
-    }
-    launched += table.blocks;
-    return nullptr;
-  });
+  const char* error = for_each_table<FeatureSegment>(
+      levels, count, plan_segment, [&](auto s, auto t, const FeatureTable& table) -> const char* {
+        using S = decltype(s);
+        using T = decltype(t);
+        const Launch how{table.blocks, feature_threads, int(sizeof(float)) * MaskTile::floats, stream};
+        if (const char* e = launch(masked_mse_sums<S, T>, how, table, workspace + launched * parts)) return e;
+        for (int i = 0; i < table.count; ++i) {
+          const FeatureSegment& segment = table.segment[i];
+          const FeatureLevel& level = levels[segment.level];
+          if (waiting == max_finish_levels) {
+            if (const char* e = finish_waiting()) return e;
+          }
+          finish[waiting++] = FinishLevel{launched + segment.first_block, segment.blocks(), double(level.c),
+                                          double(level.n), segment.level};
+        }
+        launched += table.blocks;
+        return nullptr;
+      });
   return error ? error : finish_waiting();
 }
 
 const char* masked_mse_backward(const FeatureLevel* levels, int count, const float* grad_loss, const float* scales,
                                 const int64_t* level_of, void* stream) {
-  return for_each_table(levels, count, [&](auto s, auto t, FeatureTable table) -> const char* {
-    for (int i = 0; i < table.count; ++i) table.segment[i].level = int(level_of[table.segment[i].level]);
-    const Launch how{table.blocks, feature_threads, int(sizeof(float)) * MaskTile::floats, stream};
-    return launch(masked_mse_gradients<decltype(s), decltype(t)>, how, table, grad_loss, scales);
-  });
+  return for_each_table<FeatureSegment>(
+      levels, count, plan_segment, [&](auto s, auto t, FeatureTable table) -> const char* {
+        for (int i = 0; i < table.count; ++i) table.segment[i].level = int(level_of[table.segment[i].level]);
+        const Launch how{table.blocks, feature_threads, int(sizeof(float)) * MaskTile::floats, stream};
+        return launch(masked_mse_gradients<decltype(s), decltype(t)>, how, table, grad_loss, scales);
+      });
 }
 
 KD_NAMESPACE_END

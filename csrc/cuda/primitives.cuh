@@ -355,12 +355,6 @@ int capability_of(K kernel) {
   const int device = compute_capability();
   return attributes.ptxVersion < device ? attributes.ptxVersion : device;
 }
-inline int processors() {
-  int device = 0, count = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
-}
 #else
 template <class... P, class... A>
 const char* launch(void (*kernel)(P...), const Launch& how, A... arguments) {
@@ -372,7 +366,6 @@ template <class K>
 int capability_of(K) {
   return emulator::code_capability();
 }
-inline int processors() { return 4; }
 #endif
 
 KD_NAMESPACE_END

@@ -77,18 +77,17 @@ FEATURES = [
     Mutant("levels beyond one finishing table start the loss anew", _MSE, "masked_mse", "    first = false;\n", ""),
     Mutant(
         "next line not advanced within a batch",
-        _MSE,
+        _FEATURE,
         "masked_mse",
-        "const Vector m = mask_of_piece(tile, mask, first + b * segment.line_step, piece[b]);",
-        "const Vector m = mask_of_piece(tile, mask, first, piece[b]);",
+        "if (piece[b].any()) body(piece[b], s[b], t[b], first + b * segment.line_step);",
+        "if (piece[b].any()) body(piece[b], s[b], t[b], first);",
     ),
     Mutant(
         "idle threads take part",
-        _MSE,
+        _FEATURE,
         "masked_mse",
-        "if (tile.line >= segment.line_step) return;",
+        "if (tile.line >= segment.line_step) return;  // threads that are left over",
         "",
-        equivalent="They write the same numbers to the same places as the threads whose lines they take.",
     ),
     Mutant(
         "head of a line not peeled",
@@ -138,7 +137,7 @@ FEATURES = [
     ),
     Mutant(
         "block searched one segment short",
-        _FEATURE,
+        "cuda/table.cuh",
         "masked_mse",
         "table.segment[index + 1].first_block <= block_index()",
         "table.segment[index + 1].first_block < block_index()",

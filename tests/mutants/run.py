@@ -52,6 +52,11 @@ def sound_objects(work: Path) -> dict[str, Path]:
     return found
 
 
+def occurrences(mutant: Mutant, csrc: Path) -> int:
+    """How often the text that a mutant replaces occurs in its file."""
+    return (csrc / mutant.file).read_text().count(mutant.before)
+
+
 def library_of(mutant: Mutant, objects: dict[str, Path], work: Path) -> Path | None:
     """The library with one loss's kernels broken; None if they do not compile (which counts as noticed)."""
     csrc = work / "csrc"
@@ -59,8 +64,6 @@ def library_of(mutant: Mutant, objects: dict[str, Path], work: Path) -> Path | N
     shutil.copytree(builder.source_directory(), csrc)
     path = csrc / mutant.file
     text = path.read_text()
-    if text.count(mutant.before) != 1:
-        raise ValueError(f"{mutant.name}: {mutant.before!r} occurs {text.count(mutant.before)} times in {mutant.file}")
     path.write_text(text.replace(mutant.before, mutant.after))
     broken, unit = work / "broken.o", mutant.unit or mutant.loss
     try:
@@ -106,6 +109,8 @@ def main() -> int:
     options = parser.parse_args()
     wanted = options.only or [""]
     chosen = [m for m in MUTANTS if any(word in f"{m.name} {m.file} {m.loss}" for word in wanted)]
+    if missing := [m.name for m in MUTANTS if occurrences(m, builder.source_directory()) != 1]:
+        parser.error(f"these mutants' texts do not occur exactly once in their files: {missing}")
     rows, wrong, began = [], 0, time.monotonic()
     with tempfile.TemporaryDirectory(prefix="kdkernels-mutants-") as folder:
         work = Path(folder)
