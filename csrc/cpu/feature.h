@@ -33,6 +33,7 @@ class FeatureWalk {
       units = level.n * level.c;
       grain = 1 + 16384 / (pixels_ > 0 ? pixels_ : 1);
     }
+    channel_grain = 1 + 16384 / (level.n * pixels_ > 0 ? level.n * pixels_ : 1);
     if (level.n * level.c * pixels_ == 0) units = 0;
     merged_ = merges(level.student) && merges(level.teacher) && (!level.grad.data || merges(level.grad));
   }
@@ -55,6 +56,12 @@ class FeatureWalk {
                1, length, body);
       }
     }
+  }
+
+  // NCHW: all pictures' runs of one channel.
+  template <class F>
+  KD_HD void channel_runs(int64_t channel, const F& body) const {
+    for (int64_t n = 0; n < level_.n; ++n) runs(n * level_.c + channel, body);
   }
 
   // The offset of a pixel, counted over the batch, at one channel.
@@ -86,7 +93,7 @@ class FeatureWalk {
  public:
   bool channels_inner;
   int64_t student_step, teacher_step, grad_step;
-  int64_t units, grain;
+  int64_t units, grain, channel_grain;
 };
 
 KD_NAMESPACE_END
