@@ -84,6 +84,23 @@ struct PearsonOptions {
   bool mean_levels, zero_on_constant;
 };
 
+// Masked MSE and Pearson on the same features, each with its loss weight.
+struct FeatureOptions {
+  MaskedMseOptions masked_mse;
+  PearsonOptions pearson;
+  DeviceScalar masked_mse_weight, pearson_weight;
+  bool norms;  // whether the squared norm of each term's gradient is asked for
+};
+// What the one pass leaves for each level: the weighted terms, and those norms.
+enum FeatureValue : int {
+  value_foreground,
+  value_background,
+  value_pearson,
+  value_masked_mse_norm,
+  value_pearson_norm,
+  feature_values
+};
+
 struct DecoupledKlOptions {
   DeviceScalar foreground_weight, background_weight;
   double foreground_temperature, background_temperature;

@@ -145,6 +145,18 @@ def _obstacle(backend: str) -> str | None:
     return None if native.load(backend) else native.status(backend).reason
 
 
+@functools.cache
+def _kernel_registered(op: str, device: str) -> bool:
+    return native.registered(op, device)
+
+
+def has_kernel(op: str, backend: str) -> bool:
+    """Whether a backend, whose kernels are loaded, has one for an op; Triton's are modules."""
+    if backend == "triton":
+        return False
+    return _kernel_registered(op, backend)
+
+
 def _order(loss: str, student: torch.Tensor) -> Sequence[str]:
     """The backends that may serve the student's device, the preferred one first."""
     device = student.device.type

@@ -5,8 +5,7 @@
 
 #include <stdlib.h>
 
-#include "../math/masked_mse.h"
-#include "feature.h"
+#include "region_scales.h"
 
 KD_NAMESPACE_BEGIN
 
@@ -85,22 +84,12 @@ void forward(const FeatureLevel* levels, int count, const MaskedMseOptions& opti
   const double share = options.mean_levels ? 1.0 / (count > 0 ? count : 1) : 1.0;
   double total = 0;
   for (int i = 0; i < count; ++i) {
-    const FeatureLevel& level = levels[i];
-    const A* mask = static_cast<const A*>(level.mask);
-    const int64_t pixels = level.n * level.h * level.w;
-    double inside = 0, outside = 0;
-    for (int64_t p = 0; p < pixels; ++p) {
-      inside += mask[p];
-      outside += 1.0 - mask[p];
-    }
     PartialSums sums{0, 0};
-    level_sums<A>(level, sums, threads);
-    const Normalizer normalizer = static_cast<Normalizer>(options.normalizer);
-    const double f = region_scale(options.foreground_weight.get(), normalizer, inside, level.c, level.n, share);
-    const double b = region_scale(options.background_weight.get(), normalizer, outside, level.c, level.n, share);
-    total += f * sums.foreground + b * sums.background;
-    scales[2 * i] = static_cast<A>(2 * f);
-    scales[2 * i + 1] = static_cast<A>(2 * b);
+    level_sums<A>(levels[i], sums, threads);
+    const RegionSums<double> of_regions = region_scales<A>(levels[i], options, share);
+    total += of_regions.foreground * sums.foreground + of_regions.background * sums.background;
+    scales[2 * i] = static_cast<A>(2 * of_regions.foreground);
+    scales[2 * i + 1] = static_cast<A>(2 * of_regions.background);
   }
   *loss = static_cast<A>(total);
 }

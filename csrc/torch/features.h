@@ -17,19 +17,19 @@ inline std::vector<FeatureLevel> feature_levels(const std::vector<Tensor>& stude
   return levels;
 }
 
+inline void put_mask(FeatureLevel& level, const Tensor& mask, bool wide) {
+  STD_TORCH_CHECK(mask.is_contiguous() && mask.scalar_type() == arithmetic_dtype(wide),
+                  "mask: expected a contiguous tensor in the dtype of the arithmetic");
+  STD_TORCH_CHECK(mask.dim() == 3 && mask.size(0) == level.n && mask.size(1) == level.h && mask.size(2) == level.w,
+                  "mask: expected (N, H, W)");
+  level.mask = mask.data_ptr();
+}
+
 inline std::vector<FeatureLevel> masked_levels(const std::vector<Tensor>& student, const std::vector<Tensor>& teacher,
                                                const std::vector<Tensor>& mask) {
   std::vector<FeatureLevel> levels = feature_levels(student, teacher);
   STD_TORCH_CHECK(mask.size() == levels.size(), "expected one mask per student level");
-  for (size_t i = 0; i < levels.size(); ++i) {
-    FeatureLevel& level = levels[i];
-    const Tensor& m = mask[i];
-    STD_TORCH_CHECK(m.is_contiguous() && m.scalar_type() == arithmetic_dtype(is_wide(student[i])),
-                    "mask: expected a contiguous tensor in the dtype of the arithmetic");
-    STD_TORCH_CHECK(m.dim() == 3 && m.size(0) == level.n && m.size(1) == level.h && m.size(2) == level.w,
-                    "mask: expected (N, H, W)");
-    level.mask = m.data_ptr();
-  }
+  for (size_t i = 0; i < levels.size(); ++i) put_mask(levels[i], mask[i], is_wide(student[i]));
   return levels;
 }
 

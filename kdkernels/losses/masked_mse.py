@@ -22,10 +22,12 @@ from .arguments import (
     in_arithmetic,
     needs_formula,
 )
+from .feature_pass import NORMALIZERS, OP, MaskedMSETerm, feature_pass
 from .module import LossModule
+from .one_pass import OnePass, check_one_pass, takes_one_pass
+from .one_pass import apply as one_pass_form
 
 ops.LOSSES.append("masked_mse")
-_NORMALIZERS = ("elements", "pixels", "batch")  # csrc/math/masked_mse.h: Normalizer
 
 
 def _fake_forward(student, teacher, mask, fw, fw_tensor, bw, bw_tensor, normalizer, mean_levels):
@@ -63,7 +65,7 @@ class _MaskedMSE(torch.autograd.Function):
             fw_tensor,
             bw,
             bw_tensor,
-            _NORMALIZERS.index(normalizer),
+            NORMALIZERS.index(normalizer),
             level_reduction == "mean",
         )
         ops.save(ctx, *tensors, scales, fw_tensor, bw_tensor)
@@ -107,6 +109,26 @@ class _MaskedMSE(torch.autograd.Function):
         return (None,) * 8 + tuple(grads) + (None,) * (2 * levels)
 
 
+def _one_pass(backend: str, students: list[Tensor], teachers: list[Tensor], term: MaskedMSETerm) -> Tensor:
+    def run(wanted):
+        loss, _, grads = feature_pass(backend, students, teachers, wanted, masked_mse=term)
+        return loss, grads
+
+    def again(students, teachers):
+        return ops.run_formula(
+            formula,
+            students,
+            teachers,
+            term.masks,
+            foreground_weight=term.foreground_weight,
+            background_weight=term.background_weight,
+            normalizer=term.normalizer,
+            level_reduction=term.level_reduction,
+        )
+
+    return one_pass_form(backend, run, again, students, teachers)
+
+
 def _check_mask(i: int, mask: Tensor, student: Tensor) -> Tensor:
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask[{i}]: expected a tensor, got {type(mask).__name__}")
@@ -140,6 +162,7 @@ def masked_mse_loss(
     background_weight: Scalar = 1.0,
     normalizer: str = "elements",
     level_reduction: str = "mean",
+    one_pass: OnePass = "auto",
 ) -> Tensor:
     r"""Squared difference of features in two regions, each divided by twice its own size.
 
@@ -160,6 +183,8 @@ def masked_mse_loss(
         normalizer: what a region's sum is divided by, beside the 2: ``"elements"`` (pixels x channels over the batch:
             DeFeat's code), ``"pixels"`` (pixels over the batch: FGFI's code) or ``"batch"`` (N).
         level_reduction: ``"mean"`` (levels with an empty region count: DeFeat) or ``"sum"``.
+        one_pass: whether the forward forms the gradient too, see :mod:`kdkernels.losses.one_pass`: True, False, or
+            ``"auto"``: where it can (float32 or bfloat16, not in a compiled graph, compiled kernels).
 
     Returns:
         A 0-d float32 tensor (float64 where either side is). The gradient has each student level's dtype and memory
@@ -172,6 +197,7 @@ def masked_mse_loss(
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or numbers of levels that do not fit; a teacher or mask that
             requires a gradient; mask values outside [0, 1] (seen on the CPU, in eager mode).
+        RuntimeError: one_pass=True where it cannot be had.
 
     Sources: Guo et al. 2021 (DeFeat), eq. 5; Wang et al. 2019 (FGFI); Li et al. 2017 (Mimic, with a mask of ones).
     """
@@ -187,7 +213,8 @@ def masked_mse_loss(
     masks = [_check_mask(i, m, s) for i, (m, s) in enumerate(zip(masks, students))]
     fw, fw_tensor = check_scalar("foreground_weight", foreground_weight, first)
     bw, bw_tensor = check_scalar("background_weight", background_weight, first)
-    check_choice("normalizer", normalizer, _NORMALIZERS)
+    check_choice("normalizer", normalizer, NORMALIZERS)
+    check_one_pass(one_pass)
     check_choice("level_reduction", level_reduction, ("mean", "sum"))
 
     differentiable = needs_formula(foreground_weight, background_weight)
@@ -206,6 +233,11 @@ def masked_mse_loss(
             level_reduction=level_reduction,
         )
     masks = [in_arithmetic(m, first) for m in masks]
+    if takes_one_pass(one_pass, OP, backend, students):
+        term = MaskedMSETerm(
+            range(len(students)), masks, foreground_weight, background_weight, normalizer, level_reduction
+        )
+        return _one_pass(backend, students, teachers, term)
     return _MaskedMSE.apply(
         backend, fw, fw_tensor, bw, bw_tensor, normalizer, level_reduction, len(students), *students, *teachers, *masks
     )

@@ -9,7 +9,10 @@ from .. import ops
 from ..reference.pearson import pearson_loss as formula
 from ..reference.pearson import resize_levels
 from .arguments import Features, arithmetic_dtype, check_choice, check_device, check_features, check_number, check_pair
+from .feature_pass import OP, PearsonTerm, feature_pass
 from .module import LossModule
+from .one_pass import OnePass, check_one_pass, takes_one_pass
+from .one_pass import apply as one_pass_form
 
 ops.LOSSES.append("pearson")
 
@@ -72,6 +75,24 @@ class _Pearson(torch.autograd.Function):
         return (None,) * 5 + tuple(grads) + (None,) * levels
 
 
+def _one_pass(backend: str, students: list[Tensor], teachers: list[Tensor], term: PearsonTerm) -> Tensor:
+    def run(wanted):
+        loss, _, grads = feature_pass(backend, students, teachers, wanted, pearson=term)
+        return loss, grads
+
+    def again(students, teachers):
+        return ops.run_formula(
+            formula,
+            students,
+            teachers,
+            eps=term.eps,
+            level_reduction=term.level_reduction,
+            on_constant=term.on_constant,
+        )
+
+    return one_pass_form(backend, run, again, students, teachers)
+
+
 def pearson_loss(
     student: Features,
     teacher: Features,
@@ -80,6 +101,7 @@ def pearson_loss(
     level_reduction: str = "sum",
     on_constant: str = "zero",
     resize: str | None = "student",
+    one_pass: OnePass = "auto",
 ) -> Tensor:
     r"""Mean squared difference of features that are standardised per channel, over batch and space.
 
@@ -101,6 +123,8 @@ def pearson_loss(
         resize: which side is resized to the other where H or W differ: ``"student"``, ``"teacher"``, or None to
             refuse. Bilinear, align_corners=False: a float32 copy, the only one that this loss makes
             (and a float32 copy of a 16-bit teacher beside a student that was resized).
+        one_pass: whether the forward forms the gradient too, see :mod:`kdkernels.losses.one_pass`: True, False, or
+            ``"auto"``: where it can (float32 or bfloat16, not in a compiled graph, compiled kernels).
 
     Returns:
         A 0-d float32 tensor (float64 where either side is). The gradient has each student level's dtype and memory
@@ -112,6 +136,7 @@ def pearson_loss(
     Raises:
         TypeError, ValueError: shapes, dtypes, devices or numbers of levels that do not fit; sizes that differ with
             resize=None; a teacher that requires a gradient.
+        RuntimeError: one_pass=True where it cannot be had.
 
     Source: Cao et al. 2022 (PKD), eq. 4-6, normalised as its published code does.
     """
@@ -122,6 +147,7 @@ def pearson_loss(
     check_choice("level_reduction", level_reduction, ("mean", "sum"))
     check_choice("on_constant", on_constant, ("zero", "reference"))
     check_choice("resize", resize, ("student", "teacher", None))
+    check_one_pass(one_pass)
     for i, (s, t) in enumerate(zip(students, teachers)):
         check_device(f"teacher[{i}]", t, s)
         check_device(f"student[{i}]", s, students[0])
@@ -141,6 +167,9 @@ def pearson_loss(
         return ops.run_formula(
             formula, students, teachers, eps=eps, level_reduction=level_reduction, on_constant=on_constant
         )
+    if takes_one_pass(one_pass, OP, backend, students):
+        term = PearsonTerm(range(len(students)), eps, level_reduction, on_constant)
+        return _one_pass(backend, students, teachers, term)
     return _Pearson.apply(backend, eps, level_reduction, on_constant, len(students), *students, *teachers)
 
 

@@ -1,0 +1,99 @@
+"""Masked MSE and Pearson on the same features in one pass: the op of the objective and of both single functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from .arguments import Scalar, check_scalar
+
+# csrc/arguments.h: FeatureValue, the columns of the op's values.
+FOREGROUND, BACKGROUND, PEARSON, MASKED_MSE_NORM, PEARSON_NORM, COLUMNS = range(6)
+NORMALIZERS = ("elements", "pixels", "batch")  # csrc/math/masked_mse.h: Normalizer
+
+OP = "detection_distillation_features"
+
+
+def _fake(student, teacher, mask, mask_of, pearson, wanted, *options):
+    values = student[0].new_empty((len(student), COLUMNS), dtype=torch.float32)
+    return student[0].new_empty((), dtype=torch.float32), values, [torch.empty_like(student[i]) for i in wanted]
+
+
+_op = ops.define(
+    OP,
+    "(Tensor[] student, Tensor[] teacher, Tensor[] mask, int[] mask_of, int[] pearson, int[] wanted, "
+    "float foreground_weight, Tensor? foreground_weight_tensor, float background_weight, "
+    "Tensor? background_weight_tensor, int normalizer, bool masked_mse_mean, float eps, bool pearson_mean, "
+    "bool zero_on_constant, float masked_mse_weight, Tensor? masked_mse_weight_tensor, float pearson_weight, "
+    "Tensor? pearson_weight_tensor, bool norms) -> (Tensor, Tensor, Tensor[])",
+    _fake,
+)
+
+
+@dataclass
+class MaskedMSETerm:
+    """Masked MSE's part of a pass. `levels` has its levels, in the order of `masks`."""
+
+    levels: Sequence[int]
+    masks: Sequence[Tensor]
+    foreground_weight: Scalar = 1.0
+    background_weight: Scalar = 1.0
+    normalizer: str = "elements"
+    level_reduction: str = "mean"
+    loss_weight: Scalar = 1.0
+
+
+@dataclass
+class PearsonTerm:
+    """Pearson's part of a pass."""
+
+    levels: Sequence[int]
+    eps: float = 1e-6
+    level_reduction: str = "sum"
+    on_constant: str = "zero"
+    loss_weight: Scalar = 1.0
+
+
+_NO_MASKED_MSE, _NO_PEARSON = MaskedMSETerm((), ()), PearsonTerm(())
+
+
+def feature_pass(
+    backend: str,
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    wanted: Sequence[int],
+    masked_mse: MaskedMSETerm | None = None,
+    pearson: PearsonTerm | None = None,
+    norms: bool = False,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The weighted loss, (levels, 5) values, and the loss's gradients for the wanted levels.
+
+    The values, norms apart, add up to the loss.
+    """
+    m, p = masked_mse or _NO_MASKED_MSE, pearson or _NO_PEARSON
+    mask_of = [-1] * len(students)
+    for i, level in enumerate(m.levels):
+        mask_of[level] = i
+    like = students[0]
+    return _op[backend](
+        list(students),
+        list(teachers),
+        list(m.masks),
+        mask_of,
+        list(p.levels),
+        list(wanted),
+        *check_scalar("foreground_weight", m.foreground_weight, like),
+        *check_scalar("background_weight", m.background_weight, like),
+        NORMALIZERS.index(m.normalizer),
+        m.level_reduction == "mean",
+        p.eps,
+        p.level_reduction == "mean",
+        p.on_constant == "zero",
+        *check_scalar("masked_mse.loss_weight", m.loss_weight, like),
+        *check_scalar("pearson.loss_weight", p.loss_weight, like),
+        norms,
+    )
