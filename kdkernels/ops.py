@@ -189,6 +189,17 @@ def backend_for(loss: str, student: torch.Tensor, teacher: torch.Tensor, *, diff
     return "reference"
 
 
+def backend_for_levels(
+    loss: str, students: Sequence[torch.Tensor], teachers: Sequence[torch.Tensor], *, differentiable: bool = False
+) -> str:
+    """Which backend serves all levels of a call in one op: the formula where they want different ones, or mix float64
+    with other dtypes.
+    """
+    backends = {backend_for(loss, s, t, differentiable=differentiable) for s, t in zip(students, teachers)}
+    mixed = len({s.dtype == torch.float64 for s in students}) > 1
+    return "reference" if mixed or len(backends) > 1 else backends.pop()
+
+
 def backend_for_masks(name: str, boxes: torch.Tensor) -> str:
     """Which backend draws masks where the boxes are: "cuda" or "triton" on a GPU, else "reference", which is PyTorch's
     operations. Raises RuntimeError where a GPU's backend is forced that cannot be had.

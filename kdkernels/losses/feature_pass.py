@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .arguments import Scalar, check_scalar
+from ..reference.masked_mse import masked_mse_loss
+from ..reference.pearson import pearson_loss
+from .arguments import Scalar, check_scalar, in_arithmetic
+from .one_pass import Plan
 
 # csrc/arguments.h: FeatureValue, the columns of the op's values.
 FOREGROUND, BACKGROUND, PEARSON, MASKED_MSE_NORM, PEARSON_NORM, COLUMNS = range(6)
@@ -46,6 +49,19 @@ class MaskedMSETerm:
     level_reduction: str = "mean"
     loss_weight: Scalar = 1.0
 
+    def formula(self, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
+        """The unweighted term by the formula."""
+        return ops.run_formula(
+            masked_mse_loss,
+            [students[i] for i in self.levels],
+            [teachers[i] for i in self.levels],
+            self.masks,
+            foreground_weight=self.foreground_weight,
+            background_weight=self.background_weight,
+            normalizer=self.normalizer,
+            level_reduction=self.level_reduction,
+        )
+
 
 @dataclass
 class PearsonTerm:
@@ -56,6 +72,17 @@ class PearsonTerm:
     level_reduction: str = "sum"
     on_constant: str = "zero"
     loss_weight: Scalar = 1.0
+
+    def formula(self, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
+        """The unweighted term by the formula."""
+        return ops.run_formula(
+            pearson_loss,
+            [students[i] for i in self.levels],
+            [teachers[i] for i in self.levels],
+            eps=self.eps,
+            level_reduction=self.level_reduction,
+            on_constant=self.on_constant,
+        )
 
 
 _NO_MASKED_MSE, _NO_PEARSON = MaskedMSETerm((), ()), PearsonTerm(())
@@ -82,7 +109,7 @@ def feature_pass(
     return _op[backend](
         list(students),
         list(teachers),
-        list(m.masks),
+        [in_arithmetic(mask, like) for mask in m.masks],
         mask_of,
         list(p.levels),
         list(wanted),
@@ -97,3 +124,24 @@ def feature_pass(
         *check_scalar("pearson.loss_weight", p.loss_weight, like),
         norms,
     )
+
+
+def plan(
+    backend: str,
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    masked_mse: MaskedMSETerm | None = None,
+    pearson: PearsonTerm | None = None,
+    norms: bool = False,
+) -> Plan:
+    """The pass as an autograd node to be."""
+    terms = [term for term in (masked_mse, pearson) if term is not None]
+
+    def run(wanted):
+        loss, values, grads = feature_pass(backend, students, teachers, wanted, masked_mse, pearson, norms)
+        return loss, grads, {"features": values}
+
+    def formula(students, teachers):
+        return sum(term.loss_weight * term.formula(students, teachers) for term in terms)
+
+    return Plan(backend, students, teachers, run, formula)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,10 +23,9 @@ from .arguments import (
     in_arithmetic,
     needs_formula,
 )
-from .feature_pass import NORMALIZERS, OP, MaskedMSETerm, feature_pass
+from .feature_pass import NORMALIZERS, OP, MaskedMSETerm, plan
 from .module import LossModule
-from .one_pass import OnePass, check_one_pass, takes_one_pass
-from .one_pass import apply as one_pass_form
+from .one_pass import OnePass, Plan, check_one_pass, scaled, takes_one_pass, value
 
 ops.LOSSES.append("masked_mse")
 
@@ -109,26 +109,6 @@ class _MaskedMSE(torch.autograd.Function):
         return (None,) * 8 + tuple(grads) + (None,) * (2 * levels)
 
 
-def _one_pass(backend: str, students: list[Tensor], teachers: list[Tensor], term: MaskedMSETerm) -> Tensor:
-    def run(wanted):
-        loss, _, grads = feature_pass(backend, students, teachers, wanted, masked_mse=term)
-        return loss, grads
-
-    def again(students, teachers):
-        return ops.run_formula(
-            formula,
-            students,
-            teachers,
-            term.masks,
-            foreground_weight=term.foreground_weight,
-            background_weight=term.background_weight,
-            normalizer=term.normalizer,
-            level_reduction=term.level_reduction,
-        )
-
-    return one_pass_form(backend, run, again, students, teachers)
-
-
 def _check_mask(i: int, mask: Tensor, student: Tensor) -> Tensor:
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask[{i}]: expected a tensor, got {type(mask).__name__}")
@@ -151,6 +131,71 @@ def _check_mask(i: int, mask: Tensor, student: Tensor) -> Tensor:
         if not (low >= 0 and high <= 1):
             raise ValueError(f"mask[{i}]: values must lie in [0, 1], found {low} to {high}")
     return mask
+
+
+def check(
+    student: Features,
+    teacher: Features,
+    mask: Features,
+    *,
+    foreground_weight: Scalar = 1.0,
+    background_weight: Scalar = 1.0,
+    normalizer: str = "elements",
+    level_reduction: str = "mean",
+    loss_weight: Scalar = 1.0,
+) -> tuple[list[Tensor], list[Tensor], MaskedMSETerm]:
+    """Both sides' levels and the term, as :func:`masked_mse_loss` wants them."""
+    students, teachers = check_features(student, teacher)
+    both = isinstance(student, Mapping) and isinstance(mask, Mapping)
+    masks = feature_levels("mask", mask, list(student) if both else None)
+    if len(masks) != len(students):
+        raise ValueError(f"mask has {len(masks)} levels, student has {len(students)}")
+    first = students[0]
+    for i, (s, t) in enumerate(zip(students, teachers)):
+        check_pair(s, t, f"[{i}]")
+        check_device(f"student[{i}]", s, first)
+    masks = [_check_mask(i, m, s) for i, (m, s) in enumerate(zip(masks, students))]
+    check_scalar("foreground_weight", foreground_weight, first)
+    check_scalar("background_weight", background_weight, first)
+    check_choice("normalizer", normalizer, NORMALIZERS)
+    check_choice("level_reduction", level_reduction, ("mean", "sum"))
+    levels = range(len(students))
+    term = MaskedMSETerm(levels, masks, foreground_weight, background_weight, normalizer, level_reduction, loss_weight)
+    return students, teachers, term
+
+
+def two_passes(backend: str, students: list[Tensor], teachers: list[Tensor], term: MaskedMSETerm) -> Tensor:
+    """The weighted term with its graph, by the formula or by one op forward and one backward."""
+    if backend == "reference":
+        return scaled(term.formula(students, teachers), term.loss_weight)
+    first = students[0]
+    masks = [in_arithmetic(m, first) for m in term.masks]
+    weights = (
+        *check_scalar("foreground_weight", term.foreground_weight, first),
+        *check_scalar("background_weight", term.background_weight, first),
+    )
+    loss = _MaskedMSE.apply(
+        backend, *weights, term.normalizer, term.level_reduction, len(students), *students, *teachers, *masks
+    )
+    return scaled(loss, term.loss_weight)
+
+
+def backend_of(students: list[Tensor], teachers: list[Tensor], term: MaskedMSETerm) -> str:
+    """Which backend serves all levels."""
+    differentiable = needs_formula(term.foreground_weight, term.background_weight)
+    return ops.backend_for_levels("masked_mse", students, teachers, differentiable=differentiable)
+
+
+def weighted(
+    student: Features, teacher: Features, mask: Features, *, one_pass: OnePass = "auto", **keywords: Any
+) -> Tensor | Plan:
+    """:func:`masked_mse_loss` times `loss_weight`, which the keywords may have too; maybe still a plan."""
+    check_one_pass(one_pass)
+    students, teachers, term = check(student, teacher, mask, **keywords)
+    backend = backend_of(students, teachers, term)
+    if takes_one_pass(one_pass, OP, backend, students):
+        return plan(backend, students, teachers, masked_mse=term)
+    return two_passes(backend, students, teachers, term)
 
 
 def masked_mse_loss(
@@ -201,45 +246,17 @@ def masked_mse_loss(
 
     Sources: Guo et al. 2021 (DeFeat), eq. 5; Wang et al. 2019 (FGFI); Li et al. 2017 (Mimic, with a mask of ones).
     """
-    students, teachers = check_features(student, teacher)
-    both = isinstance(student, Mapping) and isinstance(mask, Mapping)
-    masks = feature_levels("mask", mask, list(student) if both else None)
-    if len(masks) != len(students):
-        raise ValueError(f"mask has {len(masks)} levels, student has {len(students)}")
-    first = students[0]
-    for i, (s, t) in enumerate(zip(students, teachers)):
-        check_pair(s, t, f"[{i}]")
-        check_device(f"student[{i}]", s, first)
-    masks = [_check_mask(i, m, s) for i, (m, s) in enumerate(zip(masks, students))]
-    fw, fw_tensor = check_scalar("foreground_weight", foreground_weight, first)
-    bw, bw_tensor = check_scalar("background_weight", background_weight, first)
-    check_choice("normalizer", normalizer, NORMALIZERS)
-    check_one_pass(one_pass)
-    check_choice("level_reduction", level_reduction, ("mean", "sum"))
-
-    differentiable = needs_formula(foreground_weight, background_weight)
-    backends = {ops.backend_for("masked_mse", s, t, differentiable=differentiable) for s, t in zip(students, teachers)}
-    mixed = len({arithmetic_dtype(s) for s in students}) > 1
-    backend = backends.pop()
-    if backend == "reference" or backends or mixed:
-        return ops.run_formula(
-            formula,
-            students,
-            teachers,
-            masks,
+    return value(
+        weighted(
+            student,
+            teacher,
+            mask,
             foreground_weight=foreground_weight,
             background_weight=background_weight,
             normalizer=normalizer,
             level_reduction=level_reduction,
+            one_pass=one_pass,
         )
-    masks = [in_arithmetic(m, first) for m in masks]
-    if takes_one_pass(one_pass, OP, backend, students):
-        term = MaskedMSETerm(
-            range(len(students)), masks, foreground_weight, background_weight, normalizer, level_reduction
-        )
-        return _one_pass(backend, students, teachers, term)
-    return _MaskedMSE.apply(
-        backend, fw, fw_tensor, bw, bw_tensor, normalizer, level_reduction, len(students), *students, *teachers, *masks
     )
 
 
@@ -247,3 +264,4 @@ class MaskedMSELoss(LossModule):
     """:func:`masked_mse_loss` as a module: the same keywords, and ``loss_weight``, which multiplies the result."""
 
     function = staticmethod(masked_mse_loss)
+    weighted = staticmethod(weighted)

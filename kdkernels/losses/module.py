@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .one_pass import Plan, foldable, value
 
 
 class LossModule(nn.Module):
-    """Keeps a loss function's keywords and calls it. Subclasses name the function and nothing else.
+    """Keeps a loss function's keywords and calls it. Subclasses name the function in its two forms, and nothing else.
 
     Keywords that are tensors become buffers (they follow ``.to(device)``, and stay out of the state_dict). Keywords
     that belong to a call (a target, a row weight) may also be given to ``forward``, where they win.
     """
 
     function: Callable[..., Tensor]
+    # The same with a loss_weight among its keywords; what it returns may still be a plan (one_pass.py).
+    weighted: Callable[..., Tensor | Plan]
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -37,15 +43,19 @@ class LossModule(nn.Module):
         # Every keyword becomes an attribute, defaults included: a schedule that sets one later takes effect.
         defaults = {name: p.default for name, p in type(self).__signature__.parameters.items()}
         self._names = tuple(allowed)
-        for name, value in {**defaults, **keywords, "loss_weight": loss_weight}.items():
-            if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
-                self.register_buffer(name, value, persistent=False)
+        for name, given in {**defaults, **keywords, "loss_weight": loss_weight}.items():
+            if isinstance(given, torch.Tensor) and not isinstance(given, nn.Parameter):
+                self.register_buffer(name, given, persistent=False)
             else:
-                setattr(self, name, value)
+                setattr(self, name, given)
 
     def forward(self, student: Any, teacher: Any, *inputs: Any, **keywords: Any) -> Tensor:
         kept = {name: getattr(self, name) for name in self._names}
-        return self.loss_weight * type(self).function(student, teacher, *inputs, **{**kept, **keywords})
+        call = functools.partial(type(self).weighted, student, teacher, *inputs, **{**kept, **keywords})
+        first = next(iter(pytree.tree_leaves(student)), None)
+        if isinstance(first, Tensor) and foldable(self.loss_weight, first):
+            return value(call(loss_weight=self.loss_weight))
+        return self.loss_weight * value(call())
 
     def extra_repr(self) -> str:
         shown = {name: getattr(self, name) for name in (*self._names, "loss_weight")}

@@ -1,4 +1,4 @@
-"""The one-pass form: the forward computes loss and gradient together, and backward only hands the gradient on.
+"""The one-pass form of a loss: the forward computes loss and gradient together, and backward hands the gradient on.
 
 The gradient is kept on the autograd node, as a saved tensor, in place of student and teacher, which the node does not
 keep alive. Backward multiplies it by the upstream gradient: into a new tensor where the graph is kept, else in place,
@@ -12,6 +12,7 @@ weakly, and a caller who drops them, or changes them in place, is told to ask fo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -75,13 +76,84 @@ def takes_one_pass(one_pass: OnePass, op: str, backend: str, students: Sequence[
     return why is None
 
 
+@dataclass
+class Plan:
+    """A call that is to take the one-pass form: `value` runs it, and the objective runs several as one node.
+
+    run: given the students that need a gradient, by their places, returns the loss and those gradients, which nothing
+        else may hold, and the values that the objective tells apart.
+    formula: the loss again from students and `others`, differentiable twice. It must hold neither.
+    others: teachers, and whatever else of a feature's size the formula needs.
+    details: what `run` told apart, once it ran.
+    """
+
+    backend: str
+    students: Sequence[Tensor]
+    others: Sequence[Tensor]
+    run: Callable[[list[int]], tuple[Tensor, list[Tensor], dict[str, Tensor]]]
+    formula: Callable[[list[Tensor], list[Tensor]], Tensor]
+    details: dict[str, Tensor] = field(default_factory=dict)
+
+
+def joined(plans: Sequence[Plan]) -> Plan:
+    """Several plans of one backend as one: its loss is their sum."""
+    if len(plans) == 1:
+        return plans[0]
+    starts = [sum(len(p.students) for p in plans[:i]) for i in range(len(plans) + 1)]
+    others = [sum(len(p.others) for p in plans[:i]) for i in range(len(plans) + 1)]
+
+    def run(wanted):
+        losses, grads, details = [], [], {}
+        for plan, start in zip(plans, starts):
+            loss, found, told = plan.run([i - start for i in wanted if start <= i < start + len(plan.students)])
+            losses.append(loss)
+            grads += found
+            details |= told
+        return torch.stack(losses).sum(), grads, details
+
+    formulas = [plan.formula for plan in plans]
+
+    def formula(students, constants):
+        return sum(
+            f(students[starts[k] : starts[k + 1]], constants[others[k] : others[k + 1]]) for k, f in enumerate(formulas)
+        )
+
+    return Plan(
+        plans[0].backend, [s for p in plans for s in p.students], [x for p in plans for x in p.others], run, formula
+    )
+
+
+def value(result: Tensor | Plan) -> Tensor:
+    """The loss itself, with its graph; runs what is still a plan."""
+    if isinstance(result, Tensor):
+        return result
+    return _OnePass.apply(result, *result.students)
+
+
+def foldable(loss_weight: Any, student: Tensor) -> bool:
+    """Whether a loss weight may enter the forward. Otherwise it multiplies the loss: if it asks for a gradient, say."""
+    if isinstance(loss_weight, Tensor):
+        return (
+            loss_weight.dim() == 0
+            and loss_weight.dtype.is_floating_point
+            and loss_weight.device == student.device
+            and not loss_weight.requires_grad
+        )
+    return isinstance(loss_weight, (int, float))
+
+
+def scaled(loss: Tensor, loss_weight: Any) -> Tensor:
+    """A loss of two passes times its weight."""
+    return loss if isinstance(loss_weight, (int, float)) and loss_weight == 1 else loss_weight * loss
+
+
 class _OnePass(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, backend, run, formula, others, *students):
-        ctx.wanted = [i for i, needed in enumerate(ctx.needs_input_grad[4:]) if needed]
-        loss, grads = run(ctx.wanted)
+    def forward(ctx, plan, *students):
+        ctx.wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
+        loss, grads, plan.details = plan.run(ctx.wanted)
         ctx.save_for_backward(*grads)
-        ctx.backend, ctx.formula = backend, formula
+        ctx.backend, ctx.formula, others = plan.backend, plan.formula, plan.others
         ctx.inputs = [
             [(TensorWeakRef(x), x._version) for x in side if not x.is_inference()] for side in (students, others)
         ]
@@ -103,10 +175,10 @@ class _OnePass(torch.autograd.Function):
             else:
                 _scale_in_place[ctx.backend](grads, grad_loss)
                 found = grads
-        results: list[Tensor | None] = [None] * (len(ctx.needs_input_grad) - 4)
+        results: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         for i, grad in zip(ctx.wanted, found):
-            results[i] = grad
-        return (None,) * 4 + tuple(results)
+            results[1 + i] = grad
+        return tuple(results)
 
 
 def _remembered(ctx: Any) -> tuple[list[Tensor], list[Tensor]]:
@@ -122,21 +194,3 @@ def _remembered(ctx: Any) -> tuple[list[Tensor], list[Tensor]]:
     for i, x in sorted(ctx.constants.items()):
         sides[1].insert(i, x)
     return sides[0], sides[1]
-
-
-def apply(
-    backend: str,
-    run: Callable[[list[int]], tuple[Tensor, list[Tensor]]],
-    formula: Callable[[list[Tensor], list[Tensor]], Tensor],
-    students: Sequence[Tensor],
-    others: Sequence[Tensor],
-) -> Tensor:
-    """The loss of `run`, with its gradients.
-
-    Args:
-        run: given the students that need a gradient, by their places, returns the loss and those gradients, which
-            nothing else may hold.
-        formula: the loss again from students and `others`, differentiable twice. It must hold neither.
-        others: teachers, and whatever else of a feature's size the formula needs.
-    """
-    return _OnePass.apply(backend, run, formula, list(others), *students)

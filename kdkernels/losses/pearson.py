@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..reference.pearson import pearson_loss as formula
 from ..reference.pearson import resize_levels
-from .arguments import Features, arithmetic_dtype, check_choice, check_device, check_features, check_number, check_pair
-from .feature_pass import OP, PearsonTerm, feature_pass
+from .arguments import (
+    Features,
+    Scalar,
+    arithmetic_dtype,
+    check_choice,
+    check_device,
+    check_features,
+    check_number,
+    check_pair,
+)
+from .feature_pass import OP, PearsonTerm, plan
 from .module import LossModule
-from .one_pass import OnePass, check_one_pass, takes_one_pass
-from .one_pass import apply as one_pass_form
+from .one_pass import OnePass, Plan, check_one_pass, scaled, takes_one_pass, value
 
 ops.LOSSES.append("pearson")
 
@@ -75,22 +85,56 @@ class _Pearson(torch.autograd.Function):
         return (None,) * 5 + tuple(grads) + (None,) * levels
 
 
-def _one_pass(backend: str, students: list[Tensor], teachers: list[Tensor], term: PearsonTerm) -> Tensor:
-    def run(wanted):
-        loss, _, grads = feature_pass(backend, students, teachers, wanted, pearson=term)
-        return loss, grads
+def check(
+    student: Features,
+    teacher: Features,
+    *,
+    eps: float = 1e-6,
+    level_reduction: str = "sum",
+    on_constant: str = "zero",
+    resize: str | None = "student",
+    loss_weight: Scalar = 1.0,
+) -> tuple[list[Tensor], list[Tensor], PearsonTerm]:
+    """Both sides' levels, resized where need be, and the term, as :func:`pearson_loss` wants them."""
+    students, teachers = check_features(student, teacher)
+    eps = check_number("eps", eps)
+    if eps < 0:
+        raise ValueError(f"eps: expected a number of at least 0, got {eps}")
+    check_choice("level_reduction", level_reduction, ("mean", "sum"))
+    check_choice("on_constant", on_constant, ("zero", "reference"))
+    check_choice("resize", resize, ("student", "teacher", None))
+    for i, (s, t) in enumerate(zip(students, teachers)):
+        check_device(f"teacher[{i}]", t, s)
+        check_device(f"student[{i}]", s, students[0])
+        if s.shape[:2] != t.shape[:2]:
+            raise ValueError(f"student[{i}] and teacher[{i}] differ in N or C: {tuple(s.shape)} and {tuple(t.shape)}")
+    given = students
+    students, teachers = resize_levels(students, teachers, resize)
+    for i, (s, t) in enumerate(zip(students, teachers)):
+        check_pair(s, t, f"[{i}]")
+        if s is not given[i] and not ops.kernel_dtypes(s.dtype, t.dtype):  # kernels have no narrower teacher
+            teachers[i] = t.to(s.dtype)
+    return students, teachers, PearsonTerm(range(len(students)), eps, level_reduction, on_constant, loss_weight)
 
-    def again(students, teachers):
-        return ops.run_formula(
-            formula,
-            students,
-            teachers,
-            eps=term.eps,
-            level_reduction=term.level_reduction,
-            on_constant=term.on_constant,
-        )
 
-    return one_pass_form(backend, run, again, students, teachers)
+def two_passes(backend: str, students: list[Tensor], teachers: list[Tensor], term: PearsonTerm) -> Tensor:
+    """The weighted term with its graph, by the formula or by one op forward and one backward."""
+    if backend == "reference":
+        return scaled(term.formula(students, teachers), term.loss_weight)
+    loss = _Pearson.apply(
+        backend, term.eps, term.level_reduction, term.on_constant, len(students), *students, *teachers
+    )
+    return scaled(loss, term.loss_weight)
+
+
+def weighted(student: Features, teacher: Features, *, one_pass: OnePass = "auto", **keywords: Any) -> Tensor | Plan:
+    """:func:`pearson_loss` times `loss_weight`, which the keywords may have too; maybe still a plan."""
+    check_one_pass(one_pass)
+    students, teachers, term = check(student, teacher, **keywords)
+    backend = ops.backend_for_levels("pearson", students, teachers)
+    if takes_one_pass(one_pass, OP, backend, students):
+        return plan(backend, students, teachers, pearson=term)
+    return two_passes(backend, students, teachers, term)
 
 
 def pearson_loss(
@@ -140,40 +184,21 @@ def pearson_loss(
 
     Source: Cao et al. 2022 (PKD), eq. 4-6, normalised as its published code does.
     """
-    students, teachers = check_features(student, teacher)
-    eps = check_number("eps", eps)
-    if eps < 0:
-        raise ValueError(f"eps: expected a number of at least 0, got {eps}")
-    check_choice("level_reduction", level_reduction, ("mean", "sum"))
-    check_choice("on_constant", on_constant, ("zero", "reference"))
-    check_choice("resize", resize, ("student", "teacher", None))
-    check_one_pass(one_pass)
-    for i, (s, t) in enumerate(zip(students, teachers)):
-        check_device(f"teacher[{i}]", t, s)
-        check_device(f"student[{i}]", s, students[0])
-        if s.shape[:2] != t.shape[:2]:
-            raise ValueError(f"student[{i}] and teacher[{i}] differ in N or C: {tuple(s.shape)} and {tuple(t.shape)}")
-    given = students
-    students, teachers = resize_levels(students, teachers, resize)
-    for i, (s, t) in enumerate(zip(students, teachers)):
-        check_pair(s, t, f"[{i}]")
-        if s is not given[i] and not ops.kernel_dtypes(s.dtype, t.dtype):  # kernels have no narrower teacher
-            teachers[i] = t.to(s.dtype)
-
-    backends = {ops.backend_for("pearson", s, t) for s, t in zip(students, teachers)}
-    mixed = len({arithmetic_dtype(s) for s in students}) > 1
-    backend = backends.pop()
-    if backend == "reference" or backends or mixed:
-        return ops.run_formula(
-            formula, students, teachers, eps=eps, level_reduction=level_reduction, on_constant=on_constant
+    return value(
+        weighted(
+            student,
+            teacher,
+            eps=eps,
+            level_reduction=level_reduction,
+            on_constant=on_constant,
+            resize=resize,
+            one_pass=one_pass,
         )
-    if takes_one_pass(one_pass, OP, backend, students):
-        term = PearsonTerm(range(len(students)), eps, level_reduction, on_constant)
-        return _one_pass(backend, students, teachers, term)
-    return _Pearson.apply(backend, eps, level_reduction, on_constant, len(students), *students, *teachers)
+    )
 
 
 class PearsonLoss(LossModule):
     """:func:`pearson_loss` as a module: the same keywords, and ``loss_weight``, which multiplies the result."""
 
     function = staticmethod(pearson_loss)
+    weighted = staticmethod(weighted)
