@@ -91,10 +91,12 @@ struct FeatureOptions {
   DeviceScalar masked_mse_weight, pearson_weight;
   bool norms;  // whether the squared norm of each term's gradient is asked for
 };
-// What the one pass leaves for each level: the weighted terms, and those norms.
+// What the one pass leaves for each level, and in one more row for their sum: the weighted terms, masked MSE's regions
+// and both together, and those norms. So whoever wants one number takes a view.
 enum FeatureValue : int {
   value_foreground,
   value_background,
+  value_masked_mse,
   value_pearson,
   value_masked_mse_norm,
   value_pearson_norm,

@@ -23,6 +23,15 @@ struct Part {
     masked_mse_norm += other.masked_mse_norm;
     pearson_norm += other.pearson_norm;
   }
+
+  void write(float* row) const {
+    row[value_foreground] = float(foreground);
+    row[value_background] = float(background);
+    row[value_masked_mse] = float(foreground + background);
+    row[value_pearson] = float(pearson);
+    row[value_masked_mse_norm] = float(masked_mse_norm);
+    row[value_pearson_norm] = float(pearson_norm);
+  }
 };
 
 // What a level's elements are multiplied by in masked MSE's gradient.
@@ -180,7 +189,7 @@ void detection_distillation_features(const FeatureLevel* levels, const bool* pea
       options.masked_mse_weight.get() / (options.masked_mse.mean_levels && masked_levels ? masked_levels : 1);
   const double pearson_share =
       options.pearson_weight.get() / (options.pearson.mean_levels && pearson_levels ? pearson_levels : 1);
-  double total = 0;
+  Part all{0, 0, 0, 0, 0};
   float* row = static_cast<float*>(values);
   for (int i = 0; i < count; ++i, row += feature_values) {
     const FeatureLevel& level = levels[i];
@@ -197,14 +206,13 @@ void detection_distillation_features(const FeatureLevel* levels, const bool* pea
     } else if (pearson[i]) {
       part = run_level<false, true>(level, factors, share, options, threads);
     }
-    total += scales.foreground * part.foreground + scales.background * part.background + part.pearson;
-    row[value_foreground] = float(scales.foreground * part.foreground);
-    row[value_background] = float(scales.background * part.background);
-    row[value_pearson] = float(part.pearson);
-    row[value_masked_mse_norm] = float(part.masked_mse_norm);
-    row[value_pearson_norm] = float(part.pearson_norm);
+    part.foreground *= scales.foreground;
+    part.background *= scales.background;
+    part.write(row);
+    all.add(part);
   }
-  *static_cast<float*>(loss) = float(total);
+  all.write(row);
+  *static_cast<float*>(loss) = float(all.foreground + all.background + all.pearson);
 }
 
 KD_NAMESPACE_END

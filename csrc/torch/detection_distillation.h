@@ -12,7 +12,7 @@ struct FeaturePass {
   std::unique_ptr<bool[]> pearson;  // one per level
   FeatureOptions options;
   std::vector<Tensor> grads;  // one per wanted level
-  Tensor loss, values;        // 0-d, (levels, feature_values)
+  Tensor loss, values;        // 0-d, (levels + 1, feature_values)
 
   int count() const { return int(levels.size()); }
 };
@@ -43,7 +43,7 @@ FeaturePass feature_pass(const std::vector<Tensor>& student, const std::vector<T
     pass.levels[i].grad = feature_view(pass.grads.back());
   }
   pass.loss = new_buffer(student[0], {}, ScalarType::Float);
-  pass.values = new_buffer(student[0], {count, feature_values}, ScalarType::Float);
+  pass.values = new_buffer(student[0], {count + 1, feature_values}, ScalarType::Float);
   return pass;
 }
 

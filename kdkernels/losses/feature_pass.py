@@ -14,15 +14,15 @@ from ..reference.pearson import pearson_loss
 from .arguments import Scalar, check_scalar, in_arithmetic
 from .one_pass import Plan
 
-# csrc/arguments.h: FeatureValue, the columns of the op's values.
-FOREGROUND, BACKGROUND, PEARSON, MASKED_MSE_NORM, PEARSON_NORM, COLUMNS = range(6)
+# csrc/arguments.h: FeatureValue, the columns of the op's values. A row per level, and the last for their sum.
+FOREGROUND, BACKGROUND, MASKED_MSE, PEARSON, MASKED_MSE_NORM, PEARSON_NORM, COLUMNS = range(7)
 NORMALIZERS = ("elements", "pixels", "batch")  # csrc/math/masked_mse.h: Normalizer
 
 OP = "detection_distillation_features"
 
 
 def _fake(student, teacher, mask, mask_of, pearson, wanted, *options):
-    values = student[0].new_empty((len(student), COLUMNS), dtype=torch.float32)
+    values = student[0].new_empty((len(student) + 1, COLUMNS), dtype=torch.float32)
     return student[0].new_empty((), dtype=torch.float32), values, [torch.empty_like(student[i]) for i in wanted]
 
 
@@ -97,10 +97,7 @@ def feature_pass(
     pearson: PearsonTerm | None = None,
     norms: bool = False,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The weighted loss, (levels, 5) values, and the loss's gradients for the wanted levels.
-
-    The values, norms apart, add up to the loss.
-    """
+    """The weighted loss, (levels + 1, COLUMNS) values, and the loss's gradients for the wanted levels."""
     m, p = masked_mse or _NO_MASKED_MSE, pearson or _NO_PEARSON
     mask_of = [-1] * len(students)
     for i, level in enumerate(m.levels):
