@@ -24,7 +24,8 @@ from .arguments import (
     needs_formula,
 )
 from .module import LossModule
-from .rows import fake_outputs, row_gradient, saved_scalar
+from .one_pass import OnePass, Plan, check_one_pass, scaled, value
+from .rows import fake_outputs, row_gradient, row_plan, rows_take_one_pass, saved_scalar
 
 ops.LOSSES.append("bounded_regression")
 _REDUCTIONS = {"mean": MEAN_OF_ROWS, "sum": SUM, "none": NONE}
@@ -122,6 +123,111 @@ class _BoundedRegression(torch.autograd.Function):
         return (None, grad) + (None,) * 13
 
 
+def weighted(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    *,
+    one_pass: OnePass = "auto",
+    loss_weight: Scalar = 1.0,
+    margin: float = 0.0,
+    bound_weight: Scalar = 0.5,
+    smooth_l1_weight: Scalar = 1.0,
+    beta: float = 1.0,
+    gate: str = "row",
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    avg_factor: Scalar | None = None,
+) -> Tensor | Plan:
+    """:func:`bounded_regression_loss` times `loss_weight`; maybe still a plan."""
+    check_one_pass(one_pass)
+    check_pair(student, teacher)
+    if student.dim() < 1 or student.shape[-1] != 4:
+        raise ValueError(f"student: expected (..., 4) box deltas, got shape {tuple(student.shape)}")
+    check_float("target", target)
+    if target.shape != student.shape:
+        raise ValueError(f"student and target differ in shape: {tuple(student.shape)} and {tuple(target.shape)}")
+    check_device("target", target, student)
+    if target.requires_grad:
+        raise ValueError("target: it requires a gradient, but the target is a constant here: detach it")
+    margin = check_number("margin", margin)
+    bw, bw_tensor = check_scalar("bound_weight", bound_weight, student)
+    sw, sw_tensor = check_scalar("smooth_l1_weight", smooth_l1_weight, student)
+    beta = check_number("beta", beta)
+    if beta < 0:
+        raise ValueError(f"beta: expected a number of at least 0, got {beta}")
+    check_choice("gate", gate, _GATES)
+    check_row_weight(weight, student)
+    check_choice("reduction", reduction, tuple(_REDUCTIONS))
+    avg, avg_tensor = check_average(avg_factor, reduction, student)
+    differentiable = needs_formula(weight, bound_weight, smooth_l1_weight, avg_factor)
+    backend = ops.backend_for("bounded_regression", student, teacher, differentiable=differentiable)
+
+    def by_formula(student, teacher):
+        return ops.run_formula(
+            formula,
+            student,
+            teacher,
+            target,
+            margin=margin,
+            bound_weight=bound_weight,
+            smooth_l1_weight=smooth_l1_weight,
+            beta=beta,
+            gate=gate,
+            weight=weight,
+            reduction=reduction,
+            avg_factor=avg_factor,
+        )
+
+    if backend == "reference":
+        return scaled(by_formula(student, teacher), loss_weight)
+    if rows_take_one_pass(one_pass, "bounded_regression", backend, student, reduction):
+        # The forward leaves the derivative, with both weights in it: the loss weight may enter with them.
+        check_scalar("loss_weight", loss_weight, student)
+        bw, bw_tensor = check_scalar("bound_weight", bound_weight * loss_weight, student)
+        sw, sw_tensor = check_scalar("smooth_l1_weight", smooth_l1_weight * loss_weight, student)
+
+        def run():
+            loss, derivative = _forward[backend](
+                student,
+                teacher,
+                target,
+                margin,
+                bw,
+                bw_tensor,
+                sw,
+                sw_tensor,
+                beta,
+                _GATES.index(gate),
+                in_arithmetic(weight, student),
+                _REDUCTIONS[reduction],
+                avg,
+                avg_tensor,
+            )
+            upstream = student.new_ones((), dtype=loss.dtype)
+            return loss, _backward[backend](upstream, student, derivative, False), {}
+
+        return row_plan(backend, student, teacher, run, by_formula, loss_weight)
+    loss = _BoundedRegression.apply(
+        backend,
+        student,
+        teacher,
+        target,
+        margin,
+        bw,
+        bw_tensor,
+        sw,
+        sw_tensor,
+        beta,
+        gate,
+        in_arithmetic(weight, student),
+        reduction,
+        avg,
+        avg_tensor,
+    )
+    return scaled(loss, loss_weight)
+
+
 def bounded_regression_loss(
     student: Tensor,
     teacher: Tensor,
@@ -135,6 +241,7 @@ def bounded_regression_loss(
     weight: Tensor | None = None,
     reduction: str = "mean",
     avg_factor: Scalar | None = None,
+    one_pass: OnePass = "auto",
 ) -> Tensor:
     r"""Smooth L1 to the target, plus a squared error that is charged only while the student is not better than the
     teacher.
@@ -157,6 +264,9 @@ def bounded_regression_loss(
         reduction: ``"mean"`` (sum over rows / rows), ``"sum"``, or ``"none"`` (one value per row).
         avg_factor: replaces the number of rows in the mean: a number or a 0-d float32 tensor. A value of 0 or less
             gives 0.
+        one_pass: whether the forward forms the gradient too, see :mod:`kdkernels.losses.one_pass`: True, False, or
+            ``"auto"``: where it can (float32 or bfloat16, a loss that is reduced, not in a compiled graph, compiled
+            kernels).
 
     Returns:
         A 0-d float32 tensor (float64 where either side is), or one value per row; both terms are summed over the four
@@ -168,33 +278,12 @@ def bounded_regression_loss(
     Raises:
         TypeError, ValueError: shapes, dtypes or devices that do not fit, a last dimension that is not 4, a negative
             beta, a teacher or target that requires a gradient.
+        RuntimeError: one_pass=True where it cannot be had.
 
     Source: Chen et al. 2017, eq. 4-5. Published: nu 0.5, lambda 1.
     """
-    check_pair(student, teacher)
-    if student.dim() < 1 or student.shape[-1] != 4:
-        raise ValueError(f"student: expected (..., 4) box deltas, got shape {tuple(student.shape)}")
-    check_float("target", target)
-    if target.shape != student.shape:
-        raise ValueError(f"student and target differ in shape: {tuple(student.shape)} and {tuple(target.shape)}")
-    check_device("target", target, student)
-    if target.requires_grad:
-        raise ValueError("target: it requires a gradient, but the target is a constant here: detach it")
-    margin = check_number("margin", margin)
-    bw, bw_tensor = check_scalar("bound_weight", bound_weight, student)
-    sw, sw_tensor = check_scalar("smooth_l1_weight", smooth_l1_weight, student)
-    beta = check_number("beta", beta)
-    if beta < 0:
-        raise ValueError(f"beta: expected a number of at least 0, got {beta}")
-    check_choice("gate", gate, _GATES)
-    check_row_weight(weight, student)
-    check_choice("reduction", reduction, tuple(_REDUCTIONS))
-    avg, avg_tensor = check_average(avg_factor, reduction, student)
-    differentiable = needs_formula(weight, bound_weight, smooth_l1_weight, avg_factor)
-    backend = ops.backend_for("bounded_regression", student, teacher, differentiable=differentiable)
-    if backend == "reference":
-        return ops.run_formula(
-            formula,
+    return value(
+        weighted(
             student,
             teacher,
             target,
@@ -206,23 +295,8 @@ def bounded_regression_loss(
             weight=weight,
             reduction=reduction,
             avg_factor=avg_factor,
+            one_pass=one_pass,
         )
-    return _BoundedRegression.apply(
-        backend,
-        student,
-        teacher,
-        target,
-        margin,
-        bw,
-        bw_tensor,
-        sw,
-        sw_tensor,
-        beta,
-        gate,
-        in_arithmetic(weight, student),
-        reduction,
-        avg,
-        avg_tensor,
     )
 
 
@@ -232,3 +306,4 @@ class BoundedRegressionLoss(LossModule):
     """
 
     function = staticmethod(bounded_regression_loss)
+    weighted = staticmethod(weighted)

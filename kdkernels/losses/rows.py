@@ -1,5 +1,5 @@
-"""What the row losses share beyond their arguments: how a backward reads its upstream gradient, and the fakes'
-shapes.
+"""What the row losses share beyond their arguments: how a backward reads its upstream gradient, the plan of a call that
+takes the one-pass form, and the fakes' shapes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .arguments import NONE, arithmetic_dtype
+from .arguments import NONE, Scalar, arithmetic_dtype
+from .one_pass import OnePass, Plan, scaled, takes_one_pass
 
 
 def fake_outputs(student: Tensor, reduction: int, per_row: int) -> tuple[Tensor, Tensor]:
@@ -22,6 +23,41 @@ def fake_outputs(student: Tensor, reduction: int, per_row: int) -> tuple[Tensor,
         rows = rows * size
     loss = student.new_empty(student.shape[:-1] if reduction == NONE else (), dtype=dtype)
     return loss, student.new_empty((rows, per_row), dtype=dtype)
+
+
+def fake_one_pass(student: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss and the gradient of a one-pass op."""
+    return student.new_empty((), dtype=torch.float32), torch.empty_like(student)
+
+
+def rows_take_one_pass(one_pass: OnePass, op: str, backend: str, student: Tensor, reduction: str) -> bool:
+    """:func:`takes_one_pass`, for a loss that may also be one value per row."""
+    if reduction != "none":
+        return takes_one_pass(one_pass, op, backend, [student])
+    if one_pass is True and torch.is_grad_enabled() and student.requires_grad:
+        loss = op.removesuffix("_one_pass")
+        raise RuntimeError(f"{loss}: one_pass=True cannot be had: one value per row takes two passes")
+    return False
+
+
+def row_plan(
+    backend: str,
+    student: Tensor,
+    teacher: Tensor,
+    run: Callable[[], tuple[Tensor, Tensor, dict[str, Tensor]]],
+    formula: Callable[[Tensor, Tensor], Tensor],
+    loss_weight: Scalar,
+) -> Plan:
+    """A row loss as a plan, from its op (loss, gradient, details) and its formula without `loss_weight`."""
+
+    def run_plan(wanted):
+        loss, grad, details = run()
+        return loss, [grad for _ in wanted], details
+
+    def weighted_formula(students, others):
+        return scaled(formula(students[0], others[0]), loss_weight)
+
+    return Plan(backend, [student], [teacher], run_plan, weighted_formula)
 
 
 def row_gradient(

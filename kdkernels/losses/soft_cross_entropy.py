@@ -24,7 +24,8 @@ from .arguments import (
     needs_formula,
 )
 from .module import LossModule
-from .rows import fake_outputs, row_gradient, saved_scalar
+from .one_pass import OnePass, Plan, check_one_pass, scaled, value
+from .rows import fake_one_pass, fake_outputs, row_gradient, row_plan, rows_take_one_pass, saved_scalar
 
 ops.LOSSES.append("soft_cross_entropy")
 _REDUCTIONS = {"mean": MEAN_OF_ROWS, "sum": SUM, "none": NONE}
@@ -40,6 +41,10 @@ def _fake_backward(grad_loss, student, teacher, class_weight, temperature, targe
     return torch.empty_like(student)
 
 
+def _fake_one_pass(student, *options):
+    return fake_one_pass(student)
+
+
 _forward = ops.define(
     "soft_cross_entropy",
     "(Tensor student, Tensor teacher, Tensor? class_weight, float temperature, Tensor? target, float hard_weight, "
@@ -52,6 +57,14 @@ _backward = ops.define(
     "(Tensor grad_loss, Tensor student, Tensor teacher, Tensor? class_weight, float temperature, Tensor? target, "
     "Tensor statistics, bool per_row) -> Tensor",
     _fake_backward,
+)
+_one_pass = ops.define(
+    "soft_cross_entropy_one_pass",
+    "(Tensor student, Tensor teacher, Tensor? class_weight, float temperature, Tensor? target, float hard_weight, "
+    "Tensor? hard_weight_tensor, int ignore_index, Tensor? weight, int reduction, float? avg_factor, Tensor? "
+    "avg_factor_tensor, float loss_weight, Tensor? loss_weight_tensor) -> (Tensor, Tensor)",
+    _fake_one_pass,
+    module="soft_cross_entropy",
 )
 
 
@@ -142,6 +155,97 @@ def _check_target(target: Tensor | None, student: Tensor) -> None:
     check_device("target", target, student)
 
 
+def weighted(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    one_pass: OnePass = "auto",
+    loss_weight: Scalar = 1.0,
+    class_weight: Tensor | None = None,
+    temperature: float = 1.0,
+    target: Tensor | None = None,
+    hard_weight: Scalar = 0.0,
+    ignore_index: int = -100,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    avg_factor: Scalar | None = None,
+) -> Tensor | Plan:
+    """:func:`soft_cross_entropy_loss` times `loss_weight`; maybe still a plan."""
+    check_one_pass(one_pass)
+    check_logits(student, teacher)
+    _check_class_weight(class_weight, student)
+    temperature = check_positive("temperature", temperature)
+    _check_target(target, student)
+    hard, hard_tensor = check_scalar("hard_weight", hard_weight, student)
+    if target is None and (hard_tensor is not None or hard != 0):
+        raise ValueError(
+            f"hard_weight: {'a tensor' if hard_tensor is not None else hard} needs a target, and target is None"
+        )
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
+    check_row_weight(weight, student)
+    check_choice("reduction", reduction, tuple(_REDUCTIONS))
+    avg, avg_tensor = check_average(avg_factor, reduction, student)
+    differentiable = needs_formula(weight, class_weight, hard_weight, avg_factor)
+    backend = ops.backend_for("soft_cross_entropy", student, teacher, differentiable=differentiable)
+
+    def by_formula(student, teacher):
+        return ops.run_formula(
+            formula,
+            student,
+            teacher,
+            class_weight=class_weight,
+            temperature=temperature,
+            target=target,
+            hard_weight=hard_weight,
+            ignore_index=ignore_index,
+            weight=weight,
+            reduction=reduction,
+            avg_factor=avg_factor,
+        )
+
+    if backend == "reference":
+        return scaled(by_formula(student, teacher), loss_weight)
+    if rows_take_one_pass(one_pass, "soft_cross_entropy_one_pass", backend, student, reduction):
+        scale = check_scalar("loss_weight", loss_weight, student)
+
+        def run():
+            loss, grad = _one_pass[backend](
+                student,
+                teacher,
+                in_arithmetic(class_weight, student),
+                temperature,
+                None if target is None else target.contiguous(),
+                hard,
+                hard_tensor,
+                ignore_index,
+                in_arithmetic(weight, student),
+                _REDUCTIONS[reduction],
+                avg,
+                avg_tensor,
+                *scale,
+            )
+            return loss, grad, {}
+
+        return row_plan(backend, student, teacher, run, by_formula, loss_weight)
+    loss = _SoftCrossEntropy.apply(
+        backend,
+        student,
+        teacher,
+        in_arithmetic(class_weight, student),
+        temperature,
+        None if target is None else target.contiguous(),
+        hard,
+        hard_tensor,
+        ignore_index,
+        in_arithmetic(weight, student),
+        reduction,
+        avg,
+        avg_tensor,
+    )
+    return scaled(loss, loss_weight)
+
+
 def soft_cross_entropy_loss(
     student: Tensor,
     teacher: Tensor,
@@ -154,6 +258,7 @@ def soft_cross_entropy_loss(
     weight: Tensor | None = None,
     reduction: str = "mean",
     avg_factor: Scalar | None = None,
+    one_pass: OnePass = "auto",
 ) -> Tensor:
     r"""Cross-entropy against the teacher's softened distribution, weighted by class, mixed with the hard labels' own.
 
@@ -173,6 +278,9 @@ def soft_cross_entropy_loss(
         weight: one number per row, shaped like the rows. The numerator is weighted; the divisor is not.
         reduction: ``"mean"`` (sum over rows / rows that are not ignored), ``"sum"``, or ``"none"`` (one value per row).
         avg_factor: replaces the divisor of the mean: a number or a 0-d float32 tensor. A value of 0 or less gives 0.
+        one_pass: whether the forward forms the gradient too, see :mod:`kdkernels.losses.one_pass`: True, False, or
+            ``"auto"``: where it can (float32 or bfloat16, a loss that is reduced, not in a compiled graph, compiled
+            kernels).
 
     Returns:
         A 0-d float32 tensor (float64 where either side is), or one value per row. The gradient, in the student's
@@ -187,28 +295,12 @@ def soft_cross_entropy_loss(
     Raises:
         TypeError, ValueError: shapes, dtypes or devices that do not fit, no classes, a temperature that is not above
             0, a hard weight without a target, a teacher that requires a gradient.
+        RuntimeError: one_pass=True where it cannot be had.
 
     Source: Chen et al. 2017, eq. 2 and 3. The paper gives no mu: it is the caller's choice.
     """
-    check_logits(student, teacher)
-    _check_class_weight(class_weight, student)
-    temperature = check_positive("temperature", temperature)
-    _check_target(target, student)
-    hard, hard_tensor = check_scalar("hard_weight", hard_weight, student)
-    if target is None and (hard_tensor is not None or hard != 0):
-        raise ValueError(
-            f"hard_weight: {'a tensor' if hard_tensor is not None else hard} needs a target, and target is None"
-        )
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
-    check_row_weight(weight, student)
-    check_choice("reduction", reduction, tuple(_REDUCTIONS))
-    avg, avg_tensor = check_average(avg_factor, reduction, student)
-    differentiable = needs_formula(weight, class_weight, hard_weight, avg_factor)
-    backend = ops.backend_for("soft_cross_entropy", student, teacher, differentiable=differentiable)
-    if backend == "reference":
-        return ops.run_formula(
-            formula,
+    return value(
+        weighted(
             student,
             teacher,
             class_weight=class_weight,
@@ -219,21 +311,8 @@ def soft_cross_entropy_loss(
             weight=weight,
             reduction=reduction,
             avg_factor=avg_factor,
+            one_pass=one_pass,
         )
-    return _SoftCrossEntropy.apply(
-        backend,
-        student,
-        teacher,
-        in_arithmetic(class_weight, student),
-        temperature,
-        None if target is None else target.contiguous(),
-        hard,
-        hard_tensor,
-        ignore_index,
-        in_arithmetic(weight, student),
-        reduction,
-        avg,
-        avg_tensor,
     )
 
 
@@ -243,3 +322,4 @@ class SoftCrossEntropyLoss(LossModule):
     """
 
     function = staticmethod(soft_cross_entropy_loss)
+    weighted = staticmethod(weighted)

@@ -18,11 +18,13 @@ from .arguments import (
     check_logits,
     check_positive,
     check_row_weight,
+    check_scalar,
     in_arithmetic,
     needs_formula,
 )
 from .module import LossModule
-from .rows import fake_outputs, row_gradient, saved_scalar
+from .one_pass import OnePass, Plan, check_one_pass, scaled, value
+from .rows import fake_one_pass, fake_outputs, row_gradient, row_plan, rows_take_one_pass, saved_scalar
 
 ops.LOSSES.append("temperature_kl")
 _REDUCTIONS = {"batchmean": MEAN_OF_ROWS, "mean": MEAN_OF_ELEMENTS, "sum": SUM, "none": NONE}
@@ -36,6 +38,10 @@ def _fake_backward(grad_loss, student, teacher, statistics, per_row):
     return torch.empty_like(student)
 
 
+def _fake_one_pass(student, *options):
+    return fake_one_pass(student)
+
+
 _forward = ops.define(
     "temperature_kl",
     "(Tensor student, Tensor teacher, float temperature, Tensor? weight, int reduction, float? avg_factor, "
@@ -46,6 +52,13 @@ _backward = ops.define(
     "temperature_kl_backward",
     "(Tensor grad_loss, Tensor student, Tensor teacher, Tensor statistics, bool per_row) -> Tensor",
     _fake_backward,
+)
+_one_pass = ops.define(
+    "temperature_kl_one_pass",
+    "(Tensor student, Tensor teacher, float temperature, Tensor? weight, int reduction, float? avg_factor, "
+    "Tensor? avg_factor_tensor, float loss_weight, Tensor? loss_weight_tensor) -> (Tensor, Tensor)",
+    _fake_one_pass,
+    module="temperature_kl",
 )
 
 
@@ -81,6 +94,62 @@ class _TemperatureKL(torch.autograd.Function):
         return None, grad, None, None, None, None, None, None
 
 
+def weighted(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    one_pass: OnePass = "auto",
+    loss_weight: Scalar = 1.0,
+    temperature: float = 1.0,
+    weight: Tensor | None = None,
+    reduction: str = "batchmean",
+    avg_factor: Scalar | None = None,
+) -> Tensor | Plan:
+    """:func:`temperature_kl_loss` times `loss_weight`; maybe still a plan."""
+    check_one_pass(one_pass)
+    check_logits(student, teacher)
+    check_row_weight(weight, student)
+    temperature = check_positive("temperature", temperature)
+    check_choice("reduction", reduction, tuple(_REDUCTIONS))
+    avg, avg_tensor = check_average(avg_factor, reduction, student)
+    backend = ops.backend_for("temperature_kl", student, teacher, differentiable=needs_formula(weight, avg_factor))
+
+    def by_formula(student, teacher):
+        return ops.run_formula(
+            formula,
+            student,
+            teacher,
+            temperature=temperature,
+            weight=weight,
+            reduction=reduction,
+            avg_factor=avg_factor,
+        )
+
+    if backend == "reference":
+        return scaled(by_formula(student, teacher), loss_weight)
+    if rows_take_one_pass(one_pass, "temperature_kl_one_pass", backend, student, reduction):
+        scale = check_scalar("loss_weight", loss_weight, student)
+
+        def run():
+            loss, grad = _one_pass[backend](
+                student,
+                teacher,
+                temperature,
+                in_arithmetic(weight, student),
+                _REDUCTIONS[reduction],
+                avg,
+                avg_tensor,
+                *scale,
+            )
+            return loss, grad, {}
+
+        return row_plan(backend, student, teacher, run, by_formula, loss_weight)
+    loss = _TemperatureKL.apply(
+        backend, student, teacher, temperature, in_arithmetic(weight, student), reduction, avg, avg_tensor
+    )
+    return scaled(loss, loss_weight)
+
+
 def temperature_kl_loss(
     student: Tensor,
     teacher: Tensor,
@@ -89,6 +158,7 @@ def temperature_kl_loss(
     weight: Tensor | None = None,
     reduction: str = "batchmean",
     avg_factor: Scalar | None = None,
+    one_pass: OnePass = "auto",
 ) -> Tensor:
     r"""Kullback-Leibler divergence of softened softmax distributions, from raw logits.
 
@@ -105,6 +175,9 @@ def temperature_kl_loss(
             ``"none"`` (one value per row).
         avg_factor: replaces the number of rows in a mean: a number or a 0-d float32 tensor, read on the device. A value
             of 0 or less gives 0.
+        one_pass: whether the forward forms the gradient too, see :mod:`kdkernels.losses.one_pass`: True, False, or
+            ``"auto"``: where it can (float32 or bfloat16, a loss that is reduced, not in a compiled graph, compiled
+            kernels).
 
     Returns:
         A 0-d float32 tensor (float64 where either side is), or one value per row. The gradient, in the student's
@@ -120,27 +193,20 @@ def temperature_kl_loss(
     Raises:
         TypeError, ValueError: shapes, dtypes or devices that do not fit, no classes, a temperature that is not above
             0, a teacher that requires a gradient, avg_factor with a reduction that divides by nothing.
+        RuntimeError: one_pass=True where it cannot be had.
 
     Source: Hinton, Vinyals, Dean 2015, section 2.
     """
-    check_logits(student, teacher)
-    check_row_weight(weight, student)
-    temperature = check_positive("temperature", temperature)
-    check_choice("reduction", reduction, tuple(_REDUCTIONS))
-    avg, avg_tensor = check_average(avg_factor, reduction, student)
-    backend = ops.backend_for("temperature_kl", student, teacher, differentiable=needs_formula(weight, avg_factor))
-    if backend == "reference":
-        return ops.run_formula(
-            formula,
+    return value(
+        weighted(
             student,
             teacher,
             temperature=temperature,
             weight=weight,
             reduction=reduction,
             avg_factor=avg_factor,
+            one_pass=one_pass,
         )
-    return _TemperatureKL.apply(
-        backend, student, teacher, temperature, in_arithmetic(weight, student), reduction, avg, avg_tensor
     )
 
 
@@ -148,3 +214,4 @@ class TemperatureKLLoss(LossModule):
     """:func:`temperature_kl_loss` as a module: the same keywords, and ``loss_weight``, which multiplies the result."""
 
     function = staticmethod(temperature_kl_loss)
+    weighted = staticmethod(weighted)
