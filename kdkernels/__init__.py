@@ -4,6 +4,7 @@ from . import masks
 from .losses.binary_kl import BinaryKLLoss, binary_kl_loss
 from .losses.bounded_regression import BoundedRegressionLoss, bounded_regression_loss
 from .losses.decoupled_kl import DecoupledKLLoss, decoupled_kl_loss
+from .losses.detection_distillation import DetectionDistillationLoss, DistillationResult
 from .losses.masked_mse import MaskedMSELoss, masked_mse_loss
 from .losses.pearson import PearsonLoss, pearson_loss
 from .losses.soft_cross_entropy import SoftCrossEntropyLoss, soft_cross_entropy_loss
@@ -16,6 +17,8 @@ __all__ = [
     "BinaryKLLoss",
     "BoundedRegressionLoss",
     "DecoupledKLLoss",
+    "DetectionDistillationLoss",
+    "DistillationResult",
     "MaskedMSELoss",
     "PearsonLoss",
     "SoftCrossEntropyLoss",

@@ -84,7 +84,7 @@ class Plan:
         else may hold, and the values that the objective tells apart.
     formula: the loss again from students and `others`, differentiable twice. It must hold neither.
     others: teachers, and whatever else of a feature's size the formula needs.
-    details: what `run` told apart, once it ran.
+    loss, details: what `run` found and told apart, once it ran; without a graph.
     """
 
     backend: str
@@ -92,7 +92,13 @@ class Plan:
     others: Sequence[Tensor]
     run: Callable[[list[int]], tuple[Tensor, list[Tensor], dict[str, Tensor]]]
     formula: Callable[[list[Tensor], list[Tensor]], Tensor]
+    loss: Tensor | None = None
     details: dict[str, Tensor] = field(default_factory=dict)
+
+    def computed(self, wanted: list[int]) -> tuple[Tensor, list[Tensor]]:
+        """Runs it, and keeps what it told."""
+        self.loss, grads, self.details = self.run(wanted)
+        return self.loss, grads
 
 
 def joined(plans: Sequence[Plan]) -> Plan:
@@ -103,13 +109,12 @@ def joined(plans: Sequence[Plan]) -> Plan:
     others = [sum(len(p.others) for p in plans[:i]) for i in range(len(plans) + 1)]
 
     def run(wanted):
-        losses, grads, details = [], [], {}
+        losses, grads = [], []
         for plan, start in zip(plans, starts):
-            loss, found, told = plan.run([i - start for i in wanted if start <= i < start + len(plan.students)])
+            loss, found = plan.computed([i - start for i in wanted if start <= i < start + len(plan.students)])
             losses.append(loss)
             grads += found
-            details |= told
-        return torch.stack(losses).sum(), grads, details
+        return torch.stack(losses).sum(), grads, {}
 
     formulas = [plan.formula for plan in plans]
 
@@ -151,7 +156,7 @@ class _OnePass(torch.autograd.Function):
     @staticmethod
     def forward(ctx, plan, *students):
         ctx.wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
-        loss, grads, plan.details = plan.run(ctx.wanted)
+        loss, grads = plan.computed(ctx.wanted)
         ctx.save_for_backward(*grads)
         ctx.backend, ctx.formula, others = plan.backend, plan.formula, plan.others
         ctx.inputs = [
