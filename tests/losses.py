@@ -9,7 +9,7 @@ and "rows" (reduction="none"; features have none and take "numbers").
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -186,8 +186,13 @@ class OpCalls(TorchDispatchMode):
         return result
 
 
-def op_calls(inputs: Inputs) -> list[tuple[Any, tuple[Any, ...], Any]]:
-    """The forward and the backward op with the arguments that the loss gives them."""
+def in_form(inputs: Inputs, one_pass: bool) -> Inputs:
+    """The same call with its form chosen."""
+    return replace(inputs, keywords={**inputs.keywords, "one_pass": one_pass})
+
+
+def op_calls(inputs: Inputs, one_pass: bool = False) -> list[tuple[Any, tuple[Any, ...], Any]]:
+    """The ops that forward and backward call, with the arguments that the loss gives them: two in two passes."""
     with OpCalls() as recorded:
-        loss_and_gradients(inputs, 0.75)
+        loss_and_gradients(in_form(inputs, one_pass), 0.75)
     return recorded.calls

@@ -14,9 +14,18 @@ from torch.utils.checkpoint import checkpoint
 
 import kdkernels as kd
 from kdkernels import ops
+from kdkernels.losses import one_pass
 
 EPS = torch.finfo(torch.float32).eps
 ALL = pytest.mark.parametrize("name", LOSSES)
+
+
+@pytest.fixture(autouse=True, params=["one pass", "two passes"])
+def form(request, monkeypatch):
+    """Every promise holds for both forms."""
+    if request.param == "two passes":
+        monkeypatch.setattr(one_pass, "_DTYPES", ())
+    return request.param
 
 
 def with_formula(inputs: Inputs, upstream: float = 1.0):

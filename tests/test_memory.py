@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from losses import FEATURES, LOSSES, ROWS, Inputs
+from losses import FEATURES, LOSSES, ROWS, Inputs, in_form
 from torch.profiler import ProfilerActivity, profile
 
 import kdkernels as kd
@@ -57,7 +57,7 @@ def test_the_measure_sees_allocations():
 @pytest.mark.parametrize("size", ["wide", "many"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_forward_keeps_a_few_values_per_row(name, size, dtype):
-    inputs = LOSSES[name].inputs(size, dtype)
+    inputs = in_form(LOSSES[name].inputs(size, dtype), one_pass=False)
     students = inputs.leaves()
     inputs(*students)  # loads the library
     assert allocated(lambda: inputs(*students)) <= 4 * VALUES * rows_or_channels(inputs) + CONSTANT
@@ -66,7 +66,7 @@ def test_forward_keeps_a_few_values_per_row(name, size, dtype):
 @ALL
 @pytest.mark.parametrize("layout", ["contiguous", "other"])
 def test_backward_allocates_the_gradient_and_nothing_else(name, layout):
-    inputs = LOSSES[name].inputs("wide", torch.bfloat16)
+    inputs = in_form(LOSSES[name].inputs("wide", torch.bfloat16), one_pass=False)
     if layout == "other":
         other = torch.channels_last if inputs.listed else None
         inputs = inputs.to_layout(
@@ -82,7 +82,7 @@ def test_backward_allocates_the_gradient_and_nothing_else(name, layout):
 
 @pytest.mark.parametrize("name", FEATURES)
 def test_frozen_levels_cost_no_gradient(name):
-    inputs = LOSSES[name].inputs("many")
+    inputs = in_form(LOSSES[name].inputs("many"), one_pass=False)
     students = inputs.leaves()
     for s in students[1:]:
         s.requires_grad_(False)
@@ -90,6 +90,34 @@ def test_frozen_levels_cost_no_gradient(name):
     upstream = torch.ones_like(loss)
     found = allocated(lambda: torch.autograd.grad(loss, students[:1], upstream))
     assert found <= bytes_of(students[0]) + CONSTANT
+
+
+@ALL
+@pytest.mark.parametrize("size", ["wide", "many"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_pass_allocates_the_gradient_and_a_few_values(name, size, dtype):
+    """In the forward; the backward that hands it on allocates nothing, whatever the upstream gradient is."""
+    inputs = in_form(LOSSES[name].inputs(size, dtype), one_pass=True)
+    students = inputs.leaves()
+    inputs(*students)  # loads the library
+    losses = []
+    gradient = sum(map(bytes_of, students))
+    found = allocated(lambda: losses.append(inputs(*students)))
+    few = 4 * VALUES * rows_or_channels(inputs) + CONSTANT
+    assert gradient <= found <= gradient + few
+    upstream = torch.full_like(losses[0], 3.0)
+    assert allocated(lambda: torch.autograd.grad(losses[0], students, upstream)) <= CONSTANT
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_one_pass_forms_no_gradient_for_frozen_levels(name):
+    inputs = in_form(LOSSES[name].inputs("many"), one_pass=True)
+    students = inputs.leaves()
+    for s in students[1:]:
+        s.requires_grad_(False)
+    inputs(*students)
+    found = allocated(lambda: inputs(*students))
+    assert found <= bytes_of(students[0]) + 4 * VALUES * rows_or_channels(inputs) + CONSTANT
 
 
 @ALL

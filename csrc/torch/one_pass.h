@@ -25,6 +25,7 @@ inline void check_one_pass(const std::vector<Tensor>& grads, const Tensor& upstr
   STD_TORCH_CHECK(upstream.numel() == 1 && upstream.scalar_type() == ScalarType::Float,
                   "upstream: expected one float32 number");
   for (const Tensor& grad : grads) {
+    dtype_of(grad);  // or it throws
     STD_TORCH_CHECK(!is_wide(grad), "float64 has no one-pass kernel");
     STD_TORCH_CHECK(grad.numel() == 0 || is_dense(grad), "expected a gradient without gaps");
   }

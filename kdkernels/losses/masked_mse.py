@@ -193,7 +193,7 @@ def weighted(
     check_one_pass(one_pass)
     students, teachers, term = check(student, teacher, mask, **keywords)
     backend = backend_of(students, teachers, term)
-    if takes_one_pass(one_pass, OP, backend, students):
+    if takes_one_pass(one_pass, OP, backend, students, "masked_mse"):
         return plan(backend, students, teachers, masked_mse=term)
     return two_passes(backend, students, teachers, term)
 

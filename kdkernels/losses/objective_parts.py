@@ -233,7 +233,10 @@ def can_share(terms: list[FeatureTerm], levels: Levels, one_pass: OnePass) -> bo
     numbers = all(isinstance(t.factor, float) for t in terms)
     union = [levels.students[i] for i in sorted({*a.places, *b.places})]
     return (
-        a.backend == b.backend and as_given and numbers and takes_one_pass(one_pass, feature_pass.OP, a.backend, union)
+        a.backend == b.backend
+        and as_given
+        and numbers
+        and takes_one_pass(one_pass, feature_pass.OP, a.backend, union, "masked_mse and pearson")
     )
 
 
@@ -251,7 +254,7 @@ def single_part(term: FeatureTerm, levels: Levels, one_pass: OnePass, norms: boo
     """One term on its own levels."""
     names = [levels.names[i] for i in term.places]
     rows = {term.name: list(range(len(names)))}
-    if takes_one_pass(one_pass, feature_pass.OP, term.backend, term.students):
+    if takes_one_pass(one_pass, feature_pass.OP, term.backend, term.students, term.name):
         plan = feature_pass.plan(term.backend, term.students, term.teachers, norms=norms, **term.keyword())
         return Part(plan, lambda loss, details: told_by_values(details["features"], rows, names, norms), term.factor)
     module = FEATURES[term.name]

@@ -63,8 +63,10 @@ def _obstacle(op: str, backend: str, students: Sequence[Tensor]) -> str | None:
     return None
 
 
-def takes_one_pass(one_pass: OnePass, op: str, backend: str, students: Sequence[Tensor]) -> bool:
-    """Whether a call that `backend` serves forms the gradient in its forward.
+def takes_one_pass(
+    one_pass: OnePass, op: str, backend: str, students: Sequence[Tensor], loss: str | None = None
+) -> bool:
+    """Whether a call of `loss` that `backend` serves forms the gradient in its forward, by `op`.
 
     Only where a student needs one. RuntimeError where `one_pass` is True and the call cannot.
     """
@@ -72,7 +74,7 @@ def takes_one_pass(one_pass: OnePass, op: str, backend: str, students: Sequence[
         return False
     why = _obstacle(op, backend, students)
     if why is not None and one_pass is True:
-        raise RuntimeError(f"{op.removesuffix('_one_pass')}: one_pass=True cannot be had: {why}")
+        raise RuntimeError(f"{loss or op.removesuffix('_one_pass')}: one_pass=True cannot be had: {why}")
     return why is None
 
 

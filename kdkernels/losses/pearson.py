@@ -132,7 +132,7 @@ def weighted(student: Features, teacher: Features, *, one_pass: OnePass = "auto"
     check_one_pass(one_pass)
     students, teachers, term = check(student, teacher, **keywords)
     backend = ops.backend_for_levels("pearson", students, teachers)
-    if takes_one_pass(one_pass, OP, backend, students):
+    if takes_one_pass(one_pass, OP, backend, students, "pearson"):
         return plan(backend, students, teachers, pearson=term)
     return two_passes(backend, students, teachers, term)
 
