@@ -48,7 +48,8 @@ void forward(const RowPair& pair, const RowView& target, const BoundedRegression
   const double factor = options.reduction.factor(double(pair.rows), 1);
   const A* weight = static_cast<const A*>(pair.weight);
   reduce_rows<A>(
-      RowUnits(pair.rows, coordinates), options.reduction, coordinates, loss, threads, [&](int64_t row, A*, A*) {
+      RowUnits(pair.rows, coordinates), options.reduction, coordinates, loss, threads,
+      [&](int64_t row, RowScratch<A>&) {
         const Row<A> r(pair, target, row);
         const A row_gate =
             gate == Gate::row ? bound_gate(Row<A>::squares(r.student), Row<A>::squares(r.teacher), margin) : batch_gate;

@@ -12,3 +12,9 @@ KD_KERNEL(decoupled_kl_forward,
 KD_KERNEL(decoupled_kl_backward,
           (const RowPair& pair, const void* grad_loss, bool per_row, const void* statistics, const Threads& threads),
           (pair, grad_loss, per_row, statistics, threads))
+// In float32 alone. The loss and its gradient, which goes to pair.grad, times the loss weight. parts: the foreground's
+// share of the loss, and the background's.
+KD_KERNEL(decoupled_kl_one_pass,
+          (const RowPair& pair, const DecoupledKlOptions& options, const DeviceScalar& loss_weight, float* loss,
+           float* parts, const Threads& threads),
+          (pair, options, loss_weight, loss, parts, threads))

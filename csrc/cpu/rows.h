@@ -68,57 +68,105 @@ struct RowUnits {
   }
 };
 
-// Runs row_value(row, stats_row) for every row: a weighted double. Sums, divides, or stores them, as the reduction
-// says.
+// What a row's value is multiplied by: its weight over the divisor.
+template <class A>
+struct RowScale {
+  double factor;
+  const A* weight;
+
+  RowScale(const RowPair& pair, const RowReduction& reduction) : RowScale(pair, reduction, pair.rows) {}
+  RowScale(const RowPair& pair, const RowReduction& reduction, int64_t counted)
+      : factor(reduction.factor(double(counted), double(pair.columns))), weight(static_cast<const A*>(pair.weight)) {}
+  double operator()(int64_t row) const { return weight ? factor * weight[row] : factor; }
+};
+
+// What a thread works with: blocks for either side and the gradient, where the tensors' own memory is no block, and for
+// what a row keeps between its sums and its gradient.
+template <class A>
+struct RowScratch {
+  A s[block_size], t[block_size], g[block_size], kept[3][block_size];
+};
+
+// Runs body(unit, first row, last row, scratch) for every unit.
+template <class A, class F>
+void for_each_unit(const RowUnits& units, int64_t columns, const Threads& threads, const F& body) {
+  parallel(threads, units.count, 1 + 32768 / (units.size * (columns > 0 ? columns : 1)),
+           [&](int64_t begin, int64_t end) {
+             RowScratch<A> scratch;
+             for (int64_t unit = begin; unit < end; ++unit) {
+               const int64_t first = unit * units.size, last = first + units.size;
+               body(unit, first, last < units.rows ? last : units.rows, scratch);
+             }
+           });
+}
+
+// Sums over all rows: add_row(row, scratch, sums) adds a row's share to n sums.
+template <class A, int n, class F>
+void sum_rows(const RowUnits& units, int64_t columns, const Threads& threads, double (&totals)[n], const F& add_row) {
+  double* parts = static_cast<double*>(malloc(sizeof(double) * n * size_t(units.count + 1)));
+  for_each_unit<A>(units, columns, threads, [&](int64_t unit, int64_t first, int64_t last, RowScratch<A>& scratch) {
+    double sums[n] = {};
+    for (int64_t row = first; row < last; ++row) add_row(row, scratch, sums);
+    for (int i = 0; i < n; ++i) parts[unit * n + i] = sums[i];
+  });
+  for (int i = 0; i < n; ++i) {
+    totals[i] = 0;
+    for (int64_t unit = 0; unit < units.count; ++unit) totals[i] += parts[unit * n + i];
+  }
+  free(parts);
+}
+
+// Runs row_value(row, scratch) for every row: a weighted double. Sums or stores them, as the reduction says.
 template <class A, class F>
 void reduce_rows(const RowUnits& units, const RowReduction& reduction, int64_t columns, A* loss, const Threads& threads,
                  const F& row_value) {
-  const bool keep = reduction.kind == RowReduction::none;
-  double* parts = keep ? nullptr : static_cast<double*>(malloc(sizeof(double) * size_t(units.count + 1)));
-  parallel(threads, units.count, 1 + 32768 / (units.size * (columns > 0 ? columns : 1)),
-           [&](int64_t begin, int64_t end) {
-             A scratch_s[block_size], scratch_t[block_size];
-             for (int64_t unit = begin; unit < end; ++unit) {
-               const int64_t last = (unit + 1) * units.size < units.rows ? (unit + 1) * units.size : units.rows;
-               double sum = 0;
-               for (int64_t row = unit * units.size; row < last; ++row) {
-                 const double value = row_value(row, scratch_s, scratch_t);
-                 if (keep) {
-                   loss[row] = static_cast<A>(value);
-                 } else {
-                   sum += value;
-                 }
-               }
-               if (!keep) parts[unit] = sum;
-             }
-           });
-  if (keep) return;
-  double total = 0;
-  for (int64_t unit = 0; unit < units.count; ++unit) total += parts[unit];
-  free(parts);
-  *loss = static_cast<A>(total);
+  if (reduction.kind == RowReduction::none) {
+    for_each_unit<A>(units, columns, threads, [&](int64_t, int64_t first, int64_t last, RowScratch<A>& scratch) {
+      for (int64_t row = first; row < last; ++row) loss[row] = static_cast<A>(row_value(row, scratch));
+    });
+    return;
+  }
+  double total[1];
+  sum_rows<A>(units, columns, threads, total,
+              [&](int64_t row, RowScratch<A>& scratch, double (&sums)[1]) { sums[0] += row_value(row, scratch); });
+  *loss = static_cast<A>(total[0]);
 }
 
-// Writes each row of a gradient: row_gradient(row, column, n, s, t, out) fills one block.
+// One row of a gradient, to be written block by block: fill(out) leaves a block's n values.
+template <class A>
+struct RowWriter {
+  const RowView& view;
+  int64_t offset;
+  A* scratch;
+
+  RowWriter(const RowView& v, int64_t row, A* buffer) : view(v), offset(row_offset(v, row)), scratch(buffer) {}
+  template <class F>
+  void block(int64_t column, int n, const F& fill) const {
+    const int64_t at = offset + column * view.column_stride;
+    A* out = result_block(view.data, view.dtype, at, view.column_stride, scratch);
+    fill(out);
+    write_block(view.data, view.dtype, at, view.column_stride, n, out);
+  }
+};
+
+// A row's gradient from its two sides: row_gradient(column, n, s, t, out) fills one block.
 template <class A, class F>
-void write_gradient(const RowUnits& units, int64_t columns, const RowView& student, const RowView& teacher,
-                    const RowView& grad, const Threads& threads, const F& row_gradient) {
-  parallel(threads, units.count, 1 + 32768 / (units.size * (columns > 0 ? columns : 1)),
-           [&](int64_t begin, int64_t end) {
-             A scratch_s[block_size], scratch_t[block_size], scratch_g[block_size];
-             const int64_t last = end * units.size < units.rows ? end * units.size : units.rows;
-             for (int64_t row = begin * units.size; row < last; ++row) {
-               const RowReader<A> s(student, row, scratch_s), t(teacher, row, scratch_t);
-               const int64_t offset = row_offset(grad, row);
-               for (int64_t column = 0; column < columns; column += block_size) {
-                 const int n = int(columns - column < block_size ? columns - column : block_size);
-                 const int64_t at = offset + column * grad.column_stride;
-                 A* out = result_block(grad.data, grad.dtype, at, grad.column_stride, scratch_g);
-                 row_gradient(row, column, n, s.block(column, n), t.block(column, n), out);
-                 write_block(grad.data, grad.dtype, at, grad.column_stride, n, out);
-               }
-             }
-           });
+void write_row(const RowPair& pair, int64_t row, RowScratch<A>& scratch, const F& row_gradient) {
+  const RowReader<A> s(pair.student, row, scratch.s), t(pair.teacher, row, scratch.t);
+  const RowWriter<A> grad(pair.grad, row, scratch.g);
+  for (int64_t column = 0; column < pair.columns; column += block_size) {
+    const int n = int(pair.columns - column < block_size ? pair.columns - column : block_size);
+    grad.block(column, n, [&](A* out) { row_gradient(column, n, s.block(column, n), t.block(column, n), out); });
+  }
+}
+
+// All rows: of_row(row) gives what write_row wants.
+template <class A, class F>
+void write_gradient(const RowPair& pair, const Threads& threads, const F& of_row) {
+  for_each_unit<A>(RowUnits(pair.rows, pair.columns), pair.columns, threads,
+                   [&](int64_t, int64_t first, int64_t last, RowScratch<A>& scratch) {
+                     for (int64_t row = first; row < last; ++row) write_row<A>(pair, row, scratch, of_row(row));
+                   });
 }
 
 KD_NAMESPACE_END

@@ -12,13 +12,11 @@ namespace {
 template <class A>
 void forward(const RowPair& pair, double temperature, const RowReduction& reduction, A* loss, A* statistics,
              const Threads& threads) {
-  const double factor = reduction.factor(double(pair.rows), double(pair.columns));
-  const A* weight = static_cast<const A*>(pair.weight);
+  const RowScale<A> scale(pair, reduction);
   reduce_rows<A>(RowUnits(pair.rows, pair.columns), reduction, pair.columns, loss, threads,
-                 [&](int64_t row, A* scratch_s, A* scratch_t) {
-                   const double scale = weight ? factor * weight[row] : factor;
-                   return kl_row<A>(pair, row, temperature, scale, statistics + row * kl_statistics, scratch_s,
-                                    scratch_t);
+                 [&](int64_t row, RowScratch<A>& scratch) {
+                   A* kept = statistics + row * kl_statistics;
+                   return kl_row<false, A>(pair, row, temperature, scale(row), kept, scratch);
                  });
 }
 
@@ -40,6 +38,16 @@ void temperature_kl_backward(const RowPair& pair, const void* grad_loss, bool pe
   } else {
     kl_gradient(pair, static_cast<const float*>(grad_loss), per_row, static_cast<const float*>(statistics), threads);
   }
+}
+
+void temperature_kl_one_pass(const RowPair& pair, double temperature, const RowReduction& reduction,
+                             const DeviceScalar& loss_weight, float* loss, const Threads& threads) {
+  const double factor = loss_weight.get();
+  const RowScale<float> scale(pair, reduction);
+  reduce_rows<float>(RowUnits(pair.rows, pair.columns), reduction, pair.columns, loss, threads,
+                     [&](int64_t row, RowScratch<float>& scratch) {
+                       return kl_row_one_pass<float>(pair, row, temperature, factor * scale(row), scratch);
+                     });
 }
 
 KD_NAMESPACE_END

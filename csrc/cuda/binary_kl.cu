@@ -55,7 +55,19 @@ struct BinaryLook {
   static constexpr bool again = false;
 };
 
+struct BinaryGradientRow {
+  float coefficient;
+};
+
+KD_DEVICE float binary_gradient(const BinaryGradientRow& row, float s, float t, float inverse) {
+  return row.coefficient * sigmoid_difference(sigmoids(s, inverse), sigmoids(t, inverse));
+}
+
+template <bool with_gradient>
 struct BinaryLoss {
+  static constexpr bool one_pass = with_gradient;
+  static constexpr int parts = 1;
+  using GradientRow = BinaryGradientRow;
   using Context = float;
   using Row = BinaryRow;
   using Sums = BinarySums;
@@ -65,11 +77,13 @@ struct BinaryLoss {
 
   float temperature, inverse;
   RowFactor factor;
+  DeviceScalar loss_weight;
   const float* weight;
   float* coefficients;
 
-  KD_DEVICE float context() const { return factor.get(); }
+  KD_DEVICE float context() const { return scalar_value(loss_weight) * factor.get(); }
   KD_DEVICE BinaryRow row(float scale, int64_t r) const { return {weight ? scale * weight[r] : scale}; }
+  KD_DEVICE int part(const BinaryRow&) const { return 0; }
   KD_DEVICE BinarySums start(const BinaryRow&) const { return {0}; }
 
   // Columns that are not in the row are -inf on both sides: equal, which is 0.
@@ -88,16 +102,19 @@ struct BinaryLoss {
   KD_DEVICE void add_again(BinarySums&, const BinaryRow&, const BinarySums&, const BinaryLook&, const float (&)[n],
                            const float (&)[n], const Columns&) const {}
 
+  KD_DEVICE BinaryGradientRow gradient_row(const BinaryRow& row, int64_t, const BinarySums&) const {
+    return {row.scale * temperature};
+  }
+  KD_DEVICE float gradient(const BinaryGradientRow& row, float s, float t, int) const {
+    return binary_gradient(row, s, t, inverse);
+  }
+
   template <class Sides>
   KD_DEVICE float finish(const BinaryRow& row, int64_t r, const BinarySums& sums, const BinaryLook&, const BinarySums&,
                          const Sides&) const {
-    coefficients[r] = row.scale * temperature;
+    if (!one_pass) coefficients[r] = row.scale * temperature;
     return row.scale * temperature * temperature * sums.total;
   }
-};
-
-struct BinaryGradientRow {
-  float coefficient;
 };
 
 struct BinaryGradient {
@@ -110,9 +127,23 @@ struct BinaryGradient {
 
   KD_DEVICE BinaryGradientRow row(int64_t r) const { return {grad_loss[per_row ? r : 0] * coefficients[r]}; }
   KD_DEVICE float operator()(const BinaryGradientRow& row, float s, float t, int) const {
-    return row.coefficient * sigmoid_difference(sigmoids(s, inverse), sigmoids(t, inverse));
+    return binary_gradient(row, s, t, inverse);
   }
 };
+
+template <bool one_pass>
+const char* launch_binary(const RowPair& pair, double temperature, const RowReduction& reduction,
+                          const DeviceScalar& loss_weight, float* workspace, float* loss, float* coefficients,
+                          void* stream) {
+  const BinaryLoss<one_pass> binary{float(temperature),
+                                    float(1 / temperature),
+                                    row_factor(reduction, double(pair.rows), double(pair.columns)),
+                                    loss_weight,
+                                    static_cast<const float*>(pair.weight),
+                                    coefficients};
+  const bool keep = reduction.kind == RowReduction::none;
+  return launch_rows(plan_rows(pair, rows_capability()), pair, binary, keep, workspace, loss, nullptr, stream);
+}
 
 }  // namespace
 
@@ -120,11 +151,13 @@ int64_t binary_kl_workspace(const RowPair& pair) { return rows_workspace(plan_ro
 
 const char* binary_kl_forward(const RowPair& pair, double temperature, const RowReduction& reduction, float* workspace,
                               float* loss, float* coefficients, void* stream) {
-  const BinaryLoss binary{float(temperature), float(1 / temperature),
-                          row_factor(reduction, double(pair.rows), double(pair.columns)),
-                          static_cast<const float*>(pair.weight), coefficients};
-  return launch_rows(plan_rows(pair, rows_capability()), pair, binary, reduction.kind == RowReduction::none, workspace,
-                     loss, stream);
+  return launch_binary<false>(pair, temperature, reduction, DeviceScalar{1, nullptr}, workspace, loss, coefficients,
+                              stream);
+}
+
+const char* binary_kl_one_pass(const RowPair& pair, double temperature, const RowReduction& reduction,
+                               const DeviceScalar& loss_weight, float* workspace, float* loss, void* stream) {
+  return launch_binary<true>(pair, temperature, reduction, loss_weight, workspace, loss, nullptr, stream);
 }
 
 const char* binary_kl_backward(const RowPair& pair, double temperature, const float* grad_loss, bool per_row,

@@ -6,7 +6,7 @@
 namespace kdkernels {
 namespace cuda {
 
-// Floats of workspace that a forward needs.
+// Floats of workspace that a forward needs; one pass too, with its gradient in pair.grad.
 int64_t binary_kl_workspace(const RowPair& pair);
 
 // Each returns what went wrong, or null. coefficients: one number per row, for the backward.
@@ -14,6 +14,9 @@ const char* binary_kl_forward(const RowPair& pair, double temperature, const Row
                               float* loss, float* coefficients, void* stream);
 const char* binary_kl_backward(const RowPair& pair, double temperature, const float* grad_loss, bool per_row,
                                const float* coefficients, void* stream);
+// The loss and its gradient, which goes to pair.grad, times the loss weight.
+const char* binary_kl_one_pass(const RowPair& pair, double temperature, const RowReduction& reduction,
+                               const DeviceScalar& loss_weight, float* workspace, float* loss, void* stream);
 
 }  // namespace cuda
 }  // namespace kdkernels

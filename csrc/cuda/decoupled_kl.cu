@@ -27,6 +27,12 @@ const char* decoupled_kl_forward(const RowPair& pair, const DecoupledKlOptions& 
   return kl_rows_forward(pair, regions_of(options), workspace, loss, statistics, stream);
 }
 
+const char* decoupled_kl_one_pass(const RowPair& pair, const DecoupledKlOptions& options,
+                                  const DeviceScalar& loss_weight, float* workspace, float* loss, float* parts,
+                                  void* stream) {
+  return kl_rows_one_pass(pair, regions_of(options), loss_weight, workspace, loss, parts, stream);
+}
+
 const char* decoupled_kl_backward(const RowPair& pair, const float* grad_loss, bool per_row, const float* statistics,
                                   void* stream) {
   return kl_rows_backward(pair, grad_loss, per_row, statistics, stream);

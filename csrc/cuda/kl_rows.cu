@@ -1,5 +1,6 @@
 // The rows of temperature_kl and decoupled_kl on the GPU. Forward: each logit is read once, those of rows whose sides
-// turn out to be close once more; six numbers per row are kept. Backward: both logits once more, and the gradient.
+// turn out to be close once more; six numbers per row are kept. Backward: both logits once more, and the gradient. In
+// one pass, a row's gradient follows its sums.
 #include "kl_rows.h"
 
 #include "../math/decoupled_kl.h"
@@ -57,6 +58,7 @@ struct KlSecond {
 
 struct KlRow {
   float temperature, inverse, k, scale;
+  int part;
   static constexpr bool skip = false;
 };
 
@@ -71,7 +73,22 @@ struct KlShares {
   float of[2];
 };
 
+// gradient = coefficient * (exp2((s - shift_s) k) scale_s - the same of t).
+struct KlGradientRow {
+  float shift_s, scale_s, shift_t, scale_t, k, coefficient;
+
+  KD_DEVICE float operator()(float s, float t) const {
+    if (scale_s == 0 && scale_t == 0) return 0;
+    return coefficient *
+           (exp2_nonpositive((s - shift_s) * k) * scale_s - exp2_nonpositive((t - shift_t) * k) * scale_t);
+  }
+};
+
+template <bool with_gradient>
 struct KlLoss {
+  static constexpr bool one_pass = with_gradient;
+  static constexpr int parts = one_pass ? 2 : 1;  // foreground, and the rest
+  using GradientRow = KlGradientRow;
   using Context = KlShares;
   using Row = KlRow;
   using Sums = KlSums;
@@ -83,6 +100,7 @@ struct KlLoss {
   float temperature[2], inverse[2], k[2];
   RowFactor factor;
   DeviceScalar region_weight[2];
+  DeviceScalar loss_weight;
   bool divide;
   int64_t rows;
   const float* counts;  // of foreground rows
@@ -91,15 +109,16 @@ struct KlLoss {
   float* statistics;
 
   KD_DEVICE KlShares context() const {
+    const float whole = scalar_value(loss_weight);
     if (!foreground) {
-      const float share = factor.get();
+      const float share = whole * factor.get();
       return {{share, share}};
     }
     const float inside = counted_rows(counts, counters);
     const float count[2] = {float(rows) - inside, inside};
     KlShares shares;
     KD_UNROLL for (int i = 0; i < 2; ++i) {
-      shares.of[i] = scalar_value(region_weight[i]);
+      shares.of[i] = whole * scalar_value(region_weight[i]);
       if (divide) shares.of[i] /= larger(1.0f, count[i]);
     }
     return shares;
@@ -109,8 +128,9 @@ struct KlLoss {
     const bool inside = foreground && foreground[r];
     const float share = inside ? shares.of[1] : shares.of[0];
     return {inside ? temperature[1] : temperature[0], inside ? inverse[1] : inverse[0], inside ? k[1] : k[0],
-            weight ? share * weight[r] : share};
+            weight ? share * weight[r] : share, inside ? 0 : 1};
   }
+  KD_DEVICE int part(const KlRow& row) const { return row.part; }
 
   KD_DEVICE KlSums start(const KlRow& row) const { return {KlState<float>(), row.k}; }
 
@@ -177,20 +197,34 @@ struct KlLoss {
     second.mean += mean;
   }
 
+  KD_DEVICE KlGradientRow gradient_row(const KlRow& row, int64_t, const KlSums& sums) const {
+    const KlState<float>& state = sums.state;
+    const bool empty = state.empty();
+    return {state.student.shift(),
+            empty ? 0.0f : 1.0f / state.student.sum,
+            state.teacher.shift(),
+            empty ? 0.0f : 1.0f / state.teacher.sum,
+            row.k,
+            row.scale * row.temperature};
+  }
+  KD_DEVICE float gradient(const KlGradientRow& row, float s, float t, int) const { return row(s, t); }
+
   // T^2 KL times the row's scale.
   template <class Sides>
   KD_DEVICE float finish(const KlRow& row, int64_t r, const KlSums& sums, const KlLook& look, const KlSecond& second,
                          const Sides&) const {
     const KlState<float>& state = sums.state;
-    const bool empty = state.empty();
-    float* kept = statistics + r * kl_statistics;
-    kept[kl_shift_s] = state.student.shift();
-    kept[kl_inverse_s] = empty ? 0.0f : 1.0f / state.student.sum;
-    kept[kl_shift_t] = state.teacher.shift();
-    kept[kl_inverse_t] = empty ? 0.0f : 1.0f / state.teacher.sum;
-    kept[kl_coefficient] = row.scale * row.temperature;
-    kept[kl_k] = row.k;
-    if (empty) return 0;
+    if (!one_pass) {
+      const KlGradientRow found = gradient_row(row, r, sums);
+      float* kept = statistics + r * kl_statistics;
+      kept[kl_shift_s] = found.shift_s;
+      kept[kl_inverse_s] = found.scale_s;
+      kept[kl_shift_t] = found.shift_t;
+      kept[kl_inverse_t] = found.scale_t;
+      kept[kl_coefficient] = found.coefficient;
+      kept[kl_k] = found.k;
+    }
+    if (state.empty()) return 0;
     float value = state.value(row.inverse);
     if (look.careful) {
       const float whole = second.half_dot * (2 * row.inverse) + logf(state.student.sum / state.teacher.sum);
@@ -211,10 +245,6 @@ struct ForegroundRow {
   KD_DEVICE bool operator()(int64_t row) const { return foreground[row]; }
 };
 
-struct KlGradientRow {
-  float shift_s, scale_s, shift_t, scale_t, k, coefficient;
-};
-
 struct KlGradient {
   using Row = KlGradientRow;
   static constexpr int batch = 2;
@@ -228,23 +258,15 @@ struct KlGradient {
                       kept[kl_inverse_t], kept[kl_k],         grad_loss[per_row ? r : 0] * kept[kl_coefficient]};
     return row;
   }
-  KD_DEVICE float operator()(const KlGradientRow& row, float s, float t, int) const {
-    if (row.scale_s == 0 && row.scale_t == 0) return 0;
-    return row.coefficient * (exp2_nonpositive((s - row.shift_s) * row.k) * row.scale_s -
-                              exp2_nonpositive((t - row.shift_t) * row.k) * row.scale_t);
-  }
+  KD_DEVICE float operator()(const KlGradientRow& row, float s, float t, int) const { return row(s, t); }
 };
 
-}  // namespace
-
-int64_t kl_rows_workspace(const RowPair& pair, const KlRegions& regions) {
-  return rows_workspace(plan_rows(pair, rows_capability())) + (regions.foreground ? row_counters(pair.rows) : 0);
-}
-
-const char* kl_rows_forward(const RowPair& pair, const KlRegions& regions, float* workspace, float* loss,
-                            float* statistics, void* stream) {
+template <bool one_pass>
+const char* launch_kl(const RowPair& pair, const KlRegions& regions, const DeviceScalar& loss_weight, float* workspace,
+                      float* loss, float* parts, float* statistics, void* stream) {
+  using Loss = KlLoss<one_pass>;
   const RowPlan plan = plan_rows(pair, rows_capability());
-  KlLoss kl{};
+  Loss kl{};
   kl.foreground = regions.foreground;
   for (int i = 0; i < 2; ++i) {
     kl.temperature[i] = float(regions.temperature[i]);
@@ -253,17 +275,36 @@ const char* kl_rows_forward(const RowPair& pair, const KlRegions& regions, float
     kl.region_weight[i] = regions.weight[i];
   }
   kl.factor = row_factor(regions.reduction, double(pair.rows), double(pair.columns));
+  kl.loss_weight = loss_weight;
   kl.divide = regions.divide;
   kl.rows = pair.rows;
   kl.weight = static_cast<const float*>(pair.weight);
   kl.statistics = statistics;
   if (regions.foreground) {
     kl.counters = row_counters(pair.rows);
-    float* counts = workspace + rows_workspace(plan);
+    float* counts = workspace + rows_workspace(plan, Loss::parts);
     kl.counts = counts;
     if (const char* e = launch_count_rows(ForegroundRow{regions.foreground}, pair.rows, counts, stream)) return e;
   }
-  return launch_rows(plan, pair, kl, regions.reduction.kind == RowReduction::none, workspace, loss, stream);
+  const bool keep = regions.reduction.kind == RowReduction::none;
+  return launch_rows(plan, pair, kl, keep, workspace, loss, parts, stream);
+}
+
+}  // namespace
+
+int64_t kl_rows_workspace(const RowPair& pair, const KlRegions& regions) {
+  const int parts = pair.grad.data ? KlLoss<true>::parts : KlLoss<false>::parts;
+  return rows_workspace(plan_rows(pair, rows_capability()), parts) + (regions.foreground ? row_counters(pair.rows) : 0);
+}
+
+const char* kl_rows_forward(const RowPair& pair, const KlRegions& regions, float* workspace, float* loss,
+                            float* statistics, void* stream) {
+  return launch_kl<false>(pair, regions, DeviceScalar{1, nullptr}, workspace, loss, nullptr, statistics, stream);
+}
+
+const char* kl_rows_one_pass(const RowPair& pair, const KlRegions& regions, const DeviceScalar& loss_weight,
+                             float* workspace, float* loss, float* parts, void* stream) {
+  return launch_kl<true>(pair, regions, loss_weight, workspace, loss, parts, nullptr, stream);
 }
 
 const char* kl_rows_backward(const RowPair& pair, const float* grad_loss, bool per_row, const float* statistics,

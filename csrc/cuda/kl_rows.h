@@ -18,7 +18,7 @@ struct KlRegions {
   bool divide;             // each by its own number of rows
 };
 
-// Floats of workspace that a forward needs.
+// Floats of workspace that a forward needs; one pass too, with its gradient in pair.grad.
 int64_t kl_rows_workspace(const RowPair& pair, const KlRegions& regions);
 
 // Each returns what went wrong, or null.
@@ -26,6 +26,10 @@ const char* kl_rows_forward(const RowPair& pair, const KlRegions& regions, float
                             float* statistics, void* stream);
 const char* kl_rows_backward(const RowPair& pair, const float* grad_loss, bool per_row, const float* statistics,
                              void* stream);
+// The loss and its gradient, which goes to pair.grad, times the loss weight. parts, unless null: the foreground's share
+// of the loss, and the rest.
+const char* kl_rows_one_pass(const RowPair& pair, const KlRegions& regions, const DeviceScalar& loss_weight,
+                             float* workspace, float* loss, float* parts, void* stream);
 
 }  // namespace cuda
 }  // namespace kdkernels

@@ -212,11 +212,29 @@ KD_DEVICE Bytes16 load16(const void* address) {
 #endif
 }
 
+// What other blocks read too: it stays in the caches.
+KD_DEVICE Bytes16 load16_shared_by_blocks(const void* address) {
+#if defined(__CUDACC__)
+  const uint4 x = __ldg(static_cast<const uint4*>(address));
+  return {{x.x, x.y, x.z, x.w}};
+#else
+  return emulator::load16<Bytes16>(address);
+#endif
+}
+
 KD_DEVICE void store16(void* address, const Bytes16& x) {
 #if defined(__CUDACC__)
   __stcs(static_cast<uint4*>(address), make_uint4(x.word[0], x.word[1], x.word[2], x.word[3]));
 #else
   emulator::store16(address, x);
+#endif
+}
+
+KD_DEVICE Bytes16 load16_from_shared(const void* address) {
+#if defined(__CUDACC__)
+  return *static_cast<const Bytes16*>(address);
+#else
+  return emulator::load16<Bytes16>(address);
 #endif
 }
 

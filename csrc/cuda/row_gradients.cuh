@@ -69,6 +69,24 @@ gradients_of_line(const G gradient, const S* student, const T* teacher, S* grad,
   }
 }
 
+// Writes the columns that a thread has of a row: gradient(s, t, column), with `step` between a side's columns. Vectors
+// begin where `out` is at a multiple of 16 bytes.
+template <class S, class T, class F>
+KD_DEVICE void write_row(const S* s, int64_t step_s, const T* t, int64_t step_t, S* out, int64_t step, int columns,
+                         Share share, const F& gradient) {
+  const int ahead = step == 1 ? int(reinterpret_cast<uintptr_t>(out) / sizeof(S) % vector_size) : 0;
+  const int vectors = int(ceil_div(columns + ahead, vector_size));
+  KD_NO_UNROLL for (int v = share.thread; v < vectors; v += share.threads) {
+    Piece p{v * vector_size - ahead, 0, vector_size};
+    if (p.first < 0) p.begin = -p.first;
+    if (columns - p.first < vector_size) p.end = columns - p.first;
+    const Vector x = load_piece(s, step_s, p), y = load_piece(t, step_t, p);
+    Vector g;
+    KD_UNROLL for (int i = 0; i < vector_size; ++i) g.x[i] = gradient(x.x[i], y.x[i], p.first + i);
+    store_piece(out, step, p, g);
+  }
+}
+
 // Threads of a group per row, and `parts` blocks for the rows that have blocks.
 template <class G, class S, class T>
 KD_GLOBAL(row_threads, 3)
@@ -85,17 +103,8 @@ gradients_of_rows(const RowPlan plan, const G gradient, const RowView student, c
     const S* s = reinterpret_cast<const S*>(student.data) + row_offset(student, r);
     const T* t = reinterpret_cast<const T*>(teacher.data) + row_offset(teacher, r);
     S* out = reinterpret_cast<S*>(grad.data) + row_offset(grad, r);
-    const int ahead = grad.column_stride == 1 ? int(reinterpret_cast<uintptr_t>(out) / sizeof(S) % vector_size) : 0;
-    const int vectors = int(ceil_div(plan.columns + ahead, vector_size));
-    KD_NO_UNROLL for (int v = share.thread; v < vectors; v += share.threads) {
-      Piece p{v * vector_size - ahead, 0, vector_size};
-      if (p.first < 0) p.begin = -p.first;
-      if (plan.columns - p.first < vector_size) p.end = plan.columns - p.first;
-      const Vector x = load_piece(s, student.column_stride, p), y = load_piece(t, teacher.column_stride, p);
-      Vector g;
-      KD_UNROLL for (int i = 0; i < vector_size; ++i) g.x[i] = gradient(row, x.x[i], y.x[i], p.first + i);
-      store_piece(out, grad.column_stride, p, g);
-    }
+    write_row(s, student.column_stride, t, teacher.column_stride, out, grad.column_stride, plan.columns, share,
+              [&](float x, float y, int column) { return gradient(row, x, y, column); });
   }
 }
 

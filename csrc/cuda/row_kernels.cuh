@@ -10,14 +10,22 @@
 // - Look look(row, sums): whether the row must be read again, now that its sums are known, and what for.
 // - Second, and add_again(second, row, sums, look, s, t, at): the same for the second read.
 // - float finish(row, r, sums, look, second, sides): the row's value. Keeps what the backward needs.
+// - one_pass: whether the kernel writes the gradient too, once a row's sums are known: from shared memory where the
+// rows
+//   are there, else from where they lie, most likely a cache. Then it also has GradientRow gradient_row(row, r, sums),
+//   and float gradient(gradient row, s, t, column).
+// - parts, and int part(row): which of so many sums a row's value belongs to.
 #pragma once
 
+#include "row_gradients.cuh"
 #include "row_sums.cuh"
 #include "rows.cuh"
 
 KD_NAMESPACE_BEGIN
 
-// Which part of a forward a launch is.
+// Which part of a forward a launch is. Of wide rows that have several blocks without a cluster, the first launch leaves
+// each block's sums; in the second, one block per row reads them again, or as many as before if there is a gradient to
+// write.
 enum class Pass : int { whole, parts, rest };
 
 // What a forward leaves: each row's value, or one sum per group of blocks; between passes, the sums of each part.
@@ -53,27 +61,38 @@ KD_DEVICE float finish_row(const RowPlan& plan, const Loss& loss, const typename
   return value;
 }
 
-// Leaves what the group's threads found: `total` is 0 but in the first thread of a row's group.
-KD_DEVICE void store_group(const RowResults& results, int64_t group, bool leader, float total, float* scratch) {
+// Leaves what the group's threads found: `totals` are 0 but in the first thread of a row's group.
+template <int n>
+KD_DEVICE void store_group(const RowResults& results, int64_t group, bool leader, float (&totals)[n], float* scratch) {
   if (results.keep) return;
   block_sync();  // the scratch has been read
-  float values[1] = {total};
-  sum_of_block(values, scratch);
-  if (leader && thread_index() == 0) results.values[group] = values[0];
+  sum_of_block(totals, scratch);
+  if (leader && thread_index() == 0) {
+    KD_UNROLL for (int k = 0; k < n; ++k) results.values[group * n + k] = totals[k];
+  }
+}
+
+template <class Loss>
+KD_DEVICE void add_to_part(const Loss& loss, const typename Loss::Row& row, float value, float (&totals)[Loss::parts]) {
+  KD_UNROLL for (int k = 0; k < Loss::parts; ++k) {
+    if (loss.part(row) == k) totals[k] += value;
+  }
 }
 
 template <class Loss, class S, class T>
 KD_GLOBAL(row_threads, 3)
-rows_in_place(const RowPlan plan, const Loss loss, const RowView student, const RowView teacher, Pass pass,
-              RowResults results) {
+rows_in_place(const RowPlan plan, const Loss loss, const RowView student, const RowView teacher, const RowView grad,
+              Pass pass, RowResults results) {
   Exchange exchange{shared_memory<float>(), 0};
-  const int blocks = pass == Pass::parts ? plan.parts : plan.cluster;
+  const int blocks = pass == Pass::parts || (Loss::one_pass && pass == Pass::rest) ? plan.parts : plan.cluster;
   const int64_t group = block_index() / blocks;
   const int rank = int(block_index() % blocks), thread = thread_index();
   const Share share =
       plan.block ? Share{rank * row_threads + thread, row_threads * blocks} : Share{thread % plan.lanes, plan.lanes};
+  // A second read: by each of a row's blocks, where they have no cluster to add up its sums.
+  const Share again = pass == Pass::rest ? Share{thread, row_threads} : share;
   const typename Loss::Context context = loss.context();
-  float total = 0;
+  float totals[Loss::parts] = {};
   KD_NO_UNROLL for (int turn = 0; turn < plan.turns; ++turn) {
     const int64_t first = (group * plan.turns + turn) * plan.at_once;
     if (first >= plan.rows) break;
@@ -99,10 +118,17 @@ rows_in_place(const RowPlan plan, const Loss loss, const RowView student, const 
       if (thread == 0) Exchange::put(sums, results.parts + (r * plan.parts + rank) * exchange_floats);
       continue;
     }
-    total += finish_row<true>(plan, loss, row, r, inside, sums, sides, share, exchange, results);
+    add_to_part(loss, row, finish_row<true>(plan, loss, row, r, inside, sums, sides, again, exchange, results), totals);
+    if constexpr (Loss::one_pass) {
+      if (!inside) continue;
+      const typename Loss::GradientRow found = loss.gradient_row(row, r, sums);
+      write_row(sides.s, sides.step_s, sides.t, sides.step_t, reinterpret_cast<S*>(grad.data) + row_offset(grad, r),
+                grad.column_stride, plan.columns, share,
+                [&](float s, float t, int column) { return loss.gradient(found, s, t, column); });
+    }
   }
   if (pass == Pass::parts) return;
-  store_group(results, group, rank == 0, total, exchange.memory);
+  store_group(results, group, rank == 0, totals, exchange.memory);
   if (plan.cluster > 1) cluster_sync();  // the other blocks have read what this one has
 }
 
@@ -126,15 +152,37 @@ KD_DEVICE const T* stage(const T* from, int count, char* area) {
   return to;
 }
 
+// The way back, of elements that `stage` put at `from` or that took their places.
+template <class T>
+KD_DEVICE void unstage(const T* from, int count, T* to) {
+  constexpr int per_vector = 16 / int(sizeof(T));
+  const int ahead = int(reinterpret_cast<uintptr_t>(to) % 16);
+  if (int(reinterpret_cast<uintptr_t>(from) % 16) != ahead) {
+    for (int i = thread_index(); i < count; i += row_threads) to[i] = from[i];
+    return;
+  }
+  int head = (16 - ahead) % 16 / int(sizeof(T));
+  if (head > count) head = count;
+  const int moved = (count - head) / per_vector * per_vector, rest = count - moved;  // the rest: at most 14
+  for (int i = thread_index() * per_vector; i < moved; i += row_threads * per_vector) {
+    store16(to + head + i, load16_from_shared(from + head + i));
+  }
+  if (thread_index() < rest) {
+    const int i = thread_index() < head ? thread_index() : thread_index() + moved;
+    to[i] = from[i];
+  }
+}
+
 template <class Loss, class S, class T>
 KD_GLOBAL(row_threads, 3)
-rows_staged(const RowPlan plan, const Loss loss, const RowView student, const RowView teacher, RowResults results) {
+rows_staged(const RowPlan plan, const Loss loss, const RowView student, const RowView teacher, const RowView grad,
+            RowResults results) {
   Exchange exchange{shared_memory<float>(), 0};
   char* area_s = shared_memory<char>() + exchange_bytes;
   char* area_t = area_s + (plan.at_once * plan.columns * int(sizeof(S)) + 31) / 16 * 16;
   const Share share{thread_index() % plan.lanes, plan.lanes};
   const typename Loss::Context context = loss.context();
-  float total = 0;
+  float totals[Loss::parts] = {};
   KD_NO_UNROLL for (int turn = 0; turn < plan.turns; ++turn) {
     const int64_t first = (block_index() * plan.turns + turn) * plan.at_once;
     if (first >= plan.rows) break;
@@ -156,44 +204,63 @@ rows_staged(const RowPlan plan, const Loss loss, const RowView student, const Ro
     walk_row<1>(sides, share,
                 [&](const auto& x, const auto& y, const Columns& at) { loss.add(sums, row, x, y, at, plan.columns); });
     merge_lanes(sums, plan.lanes);
-    total += finish_row<false>(plan, loss, row, first + local, inside, sums, sides, share, exchange, results);
+    add_to_part(loss, row,
+                finish_row<false>(plan, loss, row, first + local, inside, sums, sides, share, exchange, results),
+                totals);
+    if constexpr (Loss::one_pass) {
+      block_sync();  // each row has been read, but for the elements that its threads now replace
+      const typename Loss::GradientRow found = loss.gradient_row(row, first + local, sums);
+      RowSides<S, T> whole = sides;
+      whole.columns = whole.head = inside ? plan.columns : 0;
+      S* own = const_cast<S*>(sides.s);
+      walk_row<1>(whole, share, [&](const auto& x, const auto& y, const Columns& at) {
+        KD_UNROLL for (int i = 0; i < int(sizeof(x) / sizeof(x[0])); ++i) {
+          const int column = at(i);
+          if (column < plan.columns) own[column] = from_float<S>(loss.gradient(found, x[i], y[i], column));
+        }
+      });
+      block_sync();
+      unstage(s, count * plan.columns, reinterpret_cast<S*>(grad.data) + begin);
+    }
   }
-  store_group(results, block_index(), true, total, exchange.memory);
+  store_group(results, block_index(), true, totals, exchange.memory);
 }
 
 // Host: what the kernels of this file run as. The finishing kernel, of the same source, speaks for all.
 static inline int rows_capability() { return capability_of(finish_rows<1>); }
 
 // Host: floats of workspace that a forward with this plan needs.
-inline int64_t rows_workspace(const RowPlan& plan) {
-  return plan.groups + (plan.parts > 1 ? plan.rows * plan.parts * exchange_floats : 0);
+inline int64_t rows_workspace(const RowPlan& plan, int parts = 1) {
+  return plan.groups * parts + (plan.parts > 1 ? plan.rows * plan.parts * exchange_floats : 0);
 }
 
-// Host: the row kernels, and the sum of what they leave.
+// Host: the row kernels, and the sum of what they leave; its parts go to `parts`, unless that is null.
 template <class Loss>
 const char* launch_rows(const RowPlan& plan, const RowPair& pair, const Loss& loss, bool keep, float* workspace,
-                        float* result, void* stream) {
+                        float* result, float* parts, void* stream) {
   if (pair.columns > most_columns) return "more classes than a kernel can number";
   const char* error = with_types(pair.student.dtype, pair.teacher.dtype, [&](auto s, auto t) -> const char* {
     using S = decltype(s);
     using T = decltype(t);
-    const RowResults results{keep, keep ? result : workspace, workspace + plan.groups};
+    const RowResults results{keep, keep ? result : workspace, workspace + plan.groups * Loss::parts};
     Launch how{plan.groups, row_threads, plan.shared_bytes, stream};
-    if (plan.staged) return launch(rows_staged<Loss, S, T>, how, plan, loss, pair.student, pair.teacher, results);
+    if (plan.staged) {
+      return launch(rows_staged<Loss, S, T>, how, plan, loss, pair.student, pair.teacher, pair.grad, results);
+    }
     Pass pass = Pass::whole;
     if (plan.parts > 1) {
       how.blocks = plan.groups * plan.parts;
-      const char* e =
-          launch(rows_in_place<Loss, S, T>, how, plan, loss, pair.student, pair.teacher, Pass::parts, results);
+      const char* e = launch(rows_in_place<Loss, S, T>, how, plan, loss, pair.student, pair.teacher, pair.grad,
+                             Pass::parts, results);
       if (e) return e;
       pass = Pass::rest;
     }
-    how.blocks = plan.groups * plan.cluster;
+    how.blocks = plan.groups * (Loss::one_pass && plan.parts > 1 ? plan.parts : plan.cluster);
     how.cluster = plan.cluster;
-    return launch(rows_in_place<Loss, S, T>, how, plan, loss, pair.student, pair.teacher, pass, results);
+    return launch(rows_in_place<Loss, S, T>, how, plan, loss, pair.student, pair.teacher, pair.grad, pass, results);
   });
   if (error || keep) return error;
-  return launch_finish_rows(workspace, plan.groups, result, stream);
+  return launch_finish_rows<Loss::parts>(workspace, plan.groups, result, stream, parts);
 }
 
 KD_NAMESPACE_END

@@ -71,22 +71,28 @@ namespace {
 
 template <int n>
 KD_GLOBAL(finish_row_threads, 1)
-finish_rows(const float* partials, int64_t count, float* loss) {
+finish_rows(const float* partials, int64_t count, float* loss, float* parts) {
   double totals[n];
   add_partials(partials, count, totals, shared_memory<double>());
   double total = 0;
   KD_UNROLL for (int k = 0; k < n; ++k) total += totals[k];
-  if (thread_index() == 0) *loss = float(total);
+  if (thread_index() == 0) {
+    *loss = float(total);
+    if (parts) {
+      KD_UNROLL for (int k = 0; k < n; ++k) parts[k] = float(totals[k]);
+    }
+  }
 }
 
 }  // namespace
 
-// Host: one launch that writes the sum of `count` x n partial sums, 0 where there are none. One processor reads them:
-// a row kernel should leave thousands, not millions.
+// Host: one launch that writes the sum of `count` x n partial sums, 0 where there are none, and each of the n to
+// `parts`, unless that is null. One processor reads them: a row kernel should leave thousands, not millions.
 template <int n = 1>
-const char* launch_finish_rows(const float* partials, int64_t count, float* loss, void* stream) {
+const char* launch_finish_rows(const float* partials, int64_t count, float* loss, void* stream,
+                               float* parts = nullptr) {
   const Launch how{1, finish_row_threads, int(sizeof(double)) * n * finish_row_threads, stream};
-  return launch(finish_rows<n>, how, partials, count, loss);
+  return launch(finish_rows<n>, how, partials, count, loss, parts);
 }
 
 KD_NAMESPACE_END

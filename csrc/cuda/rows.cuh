@@ -1,8 +1,9 @@
 // How groups of threads share the rows of a (..., C) tensor: what a launch looks like, and how a group walks over a row
 // and adds up what its threads found.
 //
-// A group is some lanes of a warp, a block, or a cluster of blocks. Rows of a width that leaves them at odd addresses,
-// if short, are first copied to shared memory as one span; all others are read in place. A walk moves vectors that are
+// A group is some lanes of a warp, a block, or a cluster of blocks. Short rows are first copied to shared memory as one
+// span, if their width leaves them at odd addresses, or if a gradient is to be made of them; all others are read in
+// place. A walk moves vectors that are
 // aligned to the row's own addresses; what lies before the first and behind the last of them goes one by one, as do
 // rows whose columns are strided or whose two sides are aligned differently.
 #pragma once
@@ -89,7 +90,7 @@ inline int lanes_for(int64_t rows, int64_t columns, int step, int least) {
   return best;
 }
 
-// Host: the plan for a forward. `capability` is the device's.
+// Host: the plan for a forward; pair.grad says whether it writes the gradient too. `capability` is the device's.
 inline RowPlan plan_rows(const RowPair& pair, int capability) {
   RowPlan plan{};
   plan.rows = pair.rows;
@@ -98,9 +99,11 @@ inline RowPlan plan_rows(const RowPair& pair, int capability) {
   plan.shared_bytes = exchange_bytes;
   const int64_t rows = pair.rows, columns = pair.columns;
   const int64_t row_bytes = columns * (size_of(pair.student.dtype) + size_of(pair.teacher.dtype));
-  const bool in_place = columns >= 2 * vector_size && rows_aligned(pair.student) && rows_aligned(pair.teacher);
+  const bool one_pass = pair.grad.data;
+  const bool in_place =
+      !one_pass && columns >= 2 * vector_size && rows_aligned(pair.student) && rows_aligned(pair.teacher);
   if (!in_place && row_bytes * row_warps <= staged_bytes && rows_follow(pair.student, columns) &&
-      rows_follow(pair.teacher, columns)) {
+      rows_follow(pair.teacher, columns) && (!one_pass || rows_follow(pair.grad, columns))) {
     int least = 1;
     while (row_threads / least * row_bytes > staged_bytes) least *= 2;
     plan.staged = true;

@@ -1,5 +1,6 @@
-// Class-weighted soft cross-entropy with a hard part, on the GPU: each logit is read once forward, once backward. A
-// small launch counts the labels that are not ignored, where the mean divides by them.
+// Class-weighted soft cross-entropy with a hard part, on the GPU: each logit is read once forward, once backward; in
+// one pass, a row's gradient follows its sums. A small launch counts the labels that are not ignored, where the mean
+// divides by them.
 #include "soft_cross_entropy.h"
 
 #include "../math/soft_cross_entropy.h"
@@ -78,7 +79,36 @@ KD_DEVICE int label_of(const int64_t* target, int64_t r, int columns) {
   return label >= 0 && label < columns ? int(label) : -1;
 }
 
+struct SoftGradientRow {
+  float from_s, mass, from_t, inverse, soft, hard, hard_scale;
+  int label;
+  bool live;
+};
+
+// `weight`: the class's.
+KD_DEVICE float soft_gradient(const SoftGradientRow& row, float s, float t, int column, float weight, float k) {
+  if (!row.live) return 0;  // ignored, or an all -inf side
+  const float ds = s - row.from_s, mine = exp2_nonpositive(ds * k) * row.mass;
+  float g = row.soft * (mine - weight * (exp2_nonpositive((t - row.from_t) * k) * row.inverse));
+  if (row.label >= 0) g += exp2_nonpositive(ds * float(log2_e)) * row.hard_scale;
+  return column == row.label ? g - row.hard : g;
+}
+
+// From what finish() keeps.
+KD_DEVICE SoftGradientRow soft_gradient_row(const float* kept, float upstream, int label) {
+  const float h = upstream * kept[hard];
+  return {kept[shift_s],          kept[mass_s],
+          kept[shift_t],          kept[inverse_t],
+          upstream * kept[soft],  h,
+          h * kept[inverse_hard], kept[hard] != 0 ? label : -1,
+          kept[alive] != 0};
+}
+
+template <bool with_gradient>
 struct SoftLoss {
+  static constexpr bool one_pass = with_gradient;
+  static constexpr int parts = 1;
+  using GradientRow = SoftGradientRow;
   using Context = SoftContext;
   using Row = SoftRow;
   using Sums = SoftSums;
@@ -92,7 +122,7 @@ struct SoftLoss {
   const float* class_weight;
   const int64_t* target;
   int64_t ignore_index;
-  DeviceScalar hard_weight;
+  DeviceScalar hard_weight, loss_weight;
   RowFactor factor;
   const float* counts;  // of labels that are not ignored; null where the factor does not need them
   int counters;
@@ -106,6 +136,7 @@ struct SoftLoss {
       const float counted = counted_rows(counts, counters);
       context.factor = counted <= 0 ? 0.0f : 1.0f / (counted * classes);
     }
+    context.factor *= scalar_value(loss_weight);
     return context;
   }
 
@@ -117,10 +148,11 @@ struct SoftLoss {
     return row;
   }
 
+  KD_DEVICE int part(const SoftRow&) const { return 0; }
   KD_DEVICE SoftSums start(const SoftRow&) const { return {SoftCrossEntropyState<float>(), k}; }
 
   KD_DEVICE float weight_of(int column) const {
-    return !class_weight ? 1.0f : column < columns ? class_weight[column] : 0.0f;
+    return !class_weight ? 1.0f : column >= 0 && column < columns ? class_weight[column] : 0.0f;
   }
 
   template <int n>
@@ -166,15 +198,34 @@ struct SoftLoss {
     }
   }
 
+  KD_DEVICE void keep(const SoftRow& row, const SoftSums& sums, float* kept) const {
+    const SoftCrossEntropyState<float>& state = sums.state;
+    const bool live = !row.skip && !state.empty();
+    const float inverse_sum = 1.0f / state.teacher.sum;
+    kept[shift_s] = live ? state.student.shift() : 0.0f;
+    kept[mass_s] = live ? state.weighted * inverse_sum / state.student.sum : 0.0f;
+    kept[shift_t] = live ? state.teacher.shift() : 0.0f;
+    kept[inverse_t] = live ? inverse_sum : 0.0f;
+    kept[inverse_hard] = live ? 1.0f / state.hard_sum : 0.0f;
+    kept[soft] = !live ? 0.0f : row.valid ? row.scale * (1 - row.mix) * inverse : NAN;
+    kept[hard] = live && target ? row.scale * row.mix : 0.0f;
+    kept[alive] = live ? 1.0f : 0.0f;
+  }
+  KD_DEVICE SoftGradientRow gradient_row(const SoftRow& row, int64_t, const SoftSums& sums) const {
+    float kept[statistics_per_row];
+    keep(row, sums, kept);
+    return soft_gradient_row(kept, 1, row.label);
+  }
+  KD_DEVICE float gradient(const SoftGradientRow& row, float s, float t, int column) const {
+    return soft_gradient(row, s, t, column, weight_of(column), k);
+  }
+
   template <class Sides>
   KD_DEVICE float finish(const SoftRow& row, int64_t r, const SoftSums& sums, const SoftLook& look,
                          const SoftSecond& second, const Sides& sides) const {
     const SoftCrossEntropyState<float>& state = sums.state;
-    float* kept = statistics + r * statistics_per_row;
-    if (row.skip || state.empty()) {
-      KD_UNROLL for (int i = 0; i < statistics_per_row; ++i) kept[i] = 0;
-      return 0;
-    }
+    if (!one_pass) keep(row, sums, statistics + r * statistics_per_row);
+    if (row.skip || state.empty()) return 0;
     const float inverse_sum = 1.0f / state.teacher.sum, mass = state.weighted * inverse_sum;
     float soft_part = state.soft(inverse);
     if (look.again) {
@@ -183,14 +234,6 @@ struct SoftLoss {
     // A factor of 0 silences an infinite part, as in the formula, but never NaN.
     float value = row.mix == 1 ? (soft_part == soft_part ? 0.0f : soft_part) : (1 - row.mix) * soft_part;
     if (row.label >= 0 && row.mix != 0) value += row.mix * state.hard(to_float(sides.s[row.label * sides.step_s]));
-    kept[shift_s] = state.student.shift();
-    kept[mass_s] = mass / state.student.sum;
-    kept[shift_t] = state.teacher.shift();
-    kept[inverse_t] = inverse_sum;
-    kept[inverse_hard] = 1.0f / state.hard_sum;
-    kept[soft] = row.valid ? row.scale * (1 - row.mix) * inverse : NAN;
-    kept[hard] = target ? row.scale * row.mix : 0.0f;
-    kept[alive] = 1;
     return row.valid ? row.scale * value : NAN;
   }
 };
@@ -199,12 +242,6 @@ struct CountedRow {
   const int64_t* target;
   int64_t ignore_index;
   KD_DEVICE bool operator()(int64_t row) const { return target[row] != ignore_index; }
-};
-
-struct SoftGradientRow {
-  float from_s, mass, from_t, inverse, soft, hard, hard_scale;
-  int label;
-  bool live;
 };
 
 struct SoftGradient {
@@ -219,22 +256,12 @@ struct SoftGradient {
   bool per_row;
 
   KD_DEVICE SoftGradientRow row(int64_t r) const {
-    const float* kept = statistics + r * statistics_per_row;
-    const float upstream = grad_loss[per_row ? r : 0], h = upstream * kept[hard];
-    return {kept[shift_s],          kept[mass_s],
-            kept[shift_t],          kept[inverse_t],
-            upstream * kept[soft],  h,
-            h * kept[inverse_hard], kept[hard] != 0 ? label_of(target, r, columns) : -1,
-            kept[alive] != 0};
+    return soft_gradient_row(statistics + r * statistics_per_row, grad_loss[per_row ? r : 0],
+                             label_of(target, r, columns));
   }
   KD_DEVICE float operator()(const SoftGradientRow& row, float s, float t, int column) const {
-    if (!row.live) return 0;  // ignored, or an all -inf side
     const float w = class_weight && column >= 0 && column < columns ? class_weight[column] : 1.0f;
-    const float ds = s - row.from_s;
-    float g =
-        row.soft * (exp2_nonpositive(ds * k) * row.mass - w * (exp2_nonpositive((t - row.from_t) * k) * row.inverse));
-    if (row.label >= 0) g += exp2_nonpositive(ds * float(log2_e)) * row.hard_scale;
-    return column == row.label ? g - row.hard : g;
+    return soft_gradient(row, s, t, column, w, k);
   }
 };
 
@@ -244,16 +271,11 @@ bool counts_rows(const SoftCrossEntropyOptions& options) {
          (options.reduction.kind == RowReduction::mean_rows || options.reduction.kind == RowReduction::mean_elements);
 }
 
-}  // namespace
-
-int64_t soft_cross_entropy_workspace(const RowPair& pair, const SoftCrossEntropyOptions& options) {
-  return rows_workspace(plan_rows(pair, rows_capability())) + (counts_rows(options) ? row_counters(pair.rows) : 0);
-}
-
-const char* soft_cross_entropy_forward(const RowPair& pair, const SoftCrossEntropyOptions& options, float* workspace,
-                                       float* result, float* statistics, void* stream) {
+template <bool one_pass>
+const char* launch_soft(const RowPair& pair, const SoftCrossEntropyOptions& options, const DeviceScalar& loss_weight,
+                        float* workspace, float* result, float* statistics, void* stream) {
   const RowPlan plan = plan_rows(pair, rows_capability());
-  SoftLoss loss{};
+  SoftLoss<one_pass> loss{};
   loss.temperature = float(options.temperature);
   loss.inverse = float(1 / options.temperature);
   loss.k = float(log2_e / options.temperature);
@@ -263,6 +285,7 @@ const char* soft_cross_entropy_forward(const RowPair& pair, const SoftCrossEntro
   loss.target = options.target;
   loss.ignore_index = options.ignore_index;
   loss.hard_weight = options.hard_weight;
+  loss.loss_weight = loss_weight;
   loss.factor = row_factor(options.reduction, double(pair.rows), double(pair.columns));
   loss.classes = options.reduction.kind == RowReduction::mean_elements ? float(pair.columns) : 1.0f;
   loss.weight = static_cast<const float*>(pair.weight);
@@ -274,7 +297,25 @@ const char* soft_cross_entropy_forward(const RowPair& pair, const SoftCrossEntro
     const CountedRow counted{options.target, options.ignore_index};
     if (const char* e = launch_count_rows(counted, pair.rows, counts, stream)) return e;
   }
-  return launch_rows(plan, pair, loss, options.reduction.kind == RowReduction::none, workspace, result, stream);
+  const bool keep = options.reduction.kind == RowReduction::none;
+  return launch_rows(plan, pair, loss, keep, workspace, result, nullptr, stream);
+}
+
+}  // namespace
+
+int64_t soft_cross_entropy_workspace(const RowPair& pair, const SoftCrossEntropyOptions& options) {
+  return rows_workspace(plan_rows(pair, rows_capability())) + (counts_rows(options) ? row_counters(pair.rows) : 0);
+}
+
+const char* soft_cross_entropy_forward(const RowPair& pair, const SoftCrossEntropyOptions& options, float* workspace,
+                                       float* result, float* statistics, void* stream) {
+  return launch_soft<false>(pair, options, DeviceScalar{1, nullptr}, workspace, result, statistics, stream);
+}
+
+const char* soft_cross_entropy_one_pass(const RowPair& pair, const SoftCrossEntropyOptions& options,
+                                        const DeviceScalar& loss_weight, float* workspace, float* result,
+                                        void* stream) {
+  return launch_soft<true>(pair, options, loss_weight, workspace, result, nullptr, stream);
 }
 
 const char* soft_cross_entropy_backward(const RowPair& pair, double temperature, const float* class_weight,

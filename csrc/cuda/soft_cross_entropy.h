@@ -6,7 +6,7 @@
 namespace kdkernels {
 namespace cuda {
 
-// Floats of workspace that a forward needs.
+// Floats of workspace that a forward needs; one pass too, with its gradient in pair.grad.
 int64_t soft_cross_entropy_workspace(const RowPair& pair, const SoftCrossEntropyOptions& options);
 
 // Each returns what went wrong, or null. statistics: eight numbers per row, for the backward.
@@ -15,6 +15,9 @@ const char* soft_cross_entropy_forward(const RowPair& pair, const SoftCrossEntro
 const char* soft_cross_entropy_backward(const RowPair& pair, double temperature, const float* class_weight,
                                         const int64_t* target, const float* grad_loss, bool per_row,
                                         const float* statistics, void* stream);
+// The loss and its gradient, which goes to pair.grad, times the loss weight.
+const char* soft_cross_entropy_one_pass(const RowPair& pair, const SoftCrossEntropyOptions& options,
+                                        const DeviceScalar& loss_weight, float* workspace, float* loss, void* stream);
 
 }  // namespace cuda
 }  // namespace kdkernels

@@ -21,6 +21,11 @@ const char* temperature_kl_forward(const RowPair& pair, double temperature, cons
   return kl_rows_forward(pair, regions_of(temperature, reduction), workspace, loss, statistics, stream);
 }
 
+const char* temperature_kl_one_pass(const RowPair& pair, double temperature, const RowReduction& reduction,
+                                    const DeviceScalar& loss_weight, float* workspace, float* loss, void* stream) {
+  return kl_rows_one_pass(pair, regions_of(temperature, reduction), loss_weight, workspace, loss, nullptr, stream);
+}
+
 const char* temperature_kl_backward(const RowPair& pair, const float* grad_loss, bool per_row, const float* statistics,
                                     void* stream) {
   return kl_rows_backward(pair, grad_loss, per_row, statistics, stream);

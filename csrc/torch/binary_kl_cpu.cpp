@@ -26,10 +26,22 @@ Tensor binary_kl_backward(Tensor grad_loss, Tensor student, Tensor teacher, doub
   return grad;
 }
 
+std::tuple<Tensor, Tensor> binary_kl_one_pass(Tensor student, Tensor teacher, double temperature,
+                                              std::optional<Tensor> weight, int64_t reduction,
+                                              std::optional<double> avg_factor, std::optional<Tensor> avg_factor_tensor,
+                                              double loss_weight, std::optional<Tensor> loss_weight_tensor) {
+  RowPair pair = row_pair(student, teacher, weight);
+  const RowPass pass = row_pass(student, pair, reduction, new_gradient);
+  cpu::binary_kl_one_pass(pair, temperature, row_reduction(reduction, avg_factor, avg_factor_tensor),
+                          device_scalar(loss_weight, loss_weight_tensor), floats_of(pass.loss), torch_threads());
+  return {pass.loss, pass.grad};
+}
+
 }  // namespace
 }  // namespace kdkernels
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
   m.impl("binary_kl", TORCH_BOX(&kdkernels::binary_kl));
   m.impl("binary_kl_backward", TORCH_BOX(&kdkernels::binary_kl_backward));
+  m.impl("binary_kl_one_pass", TORCH_BOX(&kdkernels::binary_kl_one_pass));
 }

@@ -45,8 +45,6 @@ class Gpu {
 // `error` is what a kernel's launch returned.
 inline void check_launch(const char* error) { STD_TORCH_CHECK(error == nullptr, error ? error : ""); }
 
-inline float* floats_of(const Tensor& x) { return static_cast<float*>(x.data_ptr()); }
-
 inline Tensor new_workspace(const Tensor& like, int64_t floats) {
   return new_buffer(like, {floats}, ScalarType::Float);
 }

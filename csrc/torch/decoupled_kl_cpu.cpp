@@ -1,5 +1,5 @@
 // decoupled_kl for the CPU dispatch key. Schema: kdkernels/losses/decoupled_kl.py.
-#include "rows.h"
+#include "decoupled_kl.h"
 
 #include "../cpu/decoupled_kl.h"
 
@@ -14,15 +14,9 @@ std::tuple<Tensor, Tensor> decoupled_kl(Tensor student, Tensor teacher, Tensor f
                                         double background_temperature, std::optional<Tensor> weight,
                                         int64_t reduction) {
   const RowPair pair = row_pair(student, teacher, weight);
-  STD_TORCH_CHECK(
-      foreground.scalar_type() == ScalarType::Bool && foreground.is_contiguous() && foreground.numel() == pair.rows,
-      "foreground: expected one contiguous bool per row");
-  const DecoupledKlOptions options{device_scalar(foreground_weight, foreground_weight_tensor),
-                                   device_scalar(background_weight, background_weight_tensor),
-                                   foreground_temperature,
-                                   background_temperature,
-                                   static_cast<const bool*>(foreground.data_ptr()),
-                                   enumerator("reduction", reduction, 4)};
+  const DecoupledKlOptions options =
+      decoupled_kl_options(pair, foreground, foreground_weight, foreground_weight_tensor, background_weight,
+                           background_weight_tensor, foreground_temperature, background_temperature, reduction);
   Tensor loss = new_loss(student, pair.wide, reduction);
   Tensor statistics = new_statistics(student, pair, statistics_per_row);
   cpu::decoupled_kl_forward(pair, options, loss.data_ptr(), statistics.data_ptr(), torch_threads());
@@ -37,10 +31,27 @@ Tensor decoupled_kl_backward(Tensor grad_loss, Tensor student, Tensor teacher, T
   return grad;
 }
 
+std::tuple<Tensor, Tensor, Tensor> decoupled_kl_one_pass(
+    Tensor student, Tensor teacher, Tensor foreground, double foreground_weight,
+    std::optional<Tensor> foreground_weight_tensor, double background_weight,
+    std::optional<Tensor> background_weight_tensor, double foreground_temperature, double background_temperature,
+    std::optional<Tensor> weight, int64_t reduction, double loss_weight, std::optional<Tensor> loss_weight_tensor) {
+  RowPair pair = row_pair(student, teacher, weight);
+  const DecoupledKlOptions options =
+      decoupled_kl_options(pair, foreground, foreground_weight, foreground_weight_tensor, background_weight,
+                           background_weight_tensor, foreground_temperature, background_temperature, reduction);
+  const RowPass pass = row_pass(student, pair, reduction, new_gradient);
+  Tensor parts = new_buffer(student, {2}, ScalarType::Float);
+  cpu::decoupled_kl_one_pass(pair, options, device_scalar(loss_weight, loss_weight_tensor), floats_of(pass.loss),
+                             floats_of(parts), torch_threads());
+  return {pass.loss, parts, pass.grad};
+}
+
 }  // namespace
 }  // namespace kdkernels
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
   m.impl("decoupled_kl", TORCH_BOX(&kdkernels::decoupled_kl));
   m.impl("decoupled_kl_backward", TORCH_BOX(&kdkernels::decoupled_kl_backward));
+  m.impl("decoupled_kl_one_pass", TORCH_BOX(&kdkernels::decoupled_kl_one_pass));
 }

@@ -2,7 +2,7 @@
 #include "../cuda/decoupled_kl.h"
 
 #include "cuda.h"
-#include "rows.h"
+#include "decoupled_kl.h"
 
 namespace kdkernels {
 namespace {
@@ -16,15 +16,9 @@ std::tuple<Tensor, Tensor> decoupled_kl(Tensor student, Tensor teacher, Tensor f
                                         int64_t reduction) {
   const RowPair pair = row_pair(student, teacher, weight);
   STD_TORCH_CHECK(!pair.wide, "float64 has no kernel on a GPU");
-  STD_TORCH_CHECK(
-      foreground.scalar_type() == ScalarType::Bool && foreground.is_contiguous() && foreground.numel() == pair.rows,
-      "foreground: expected one contiguous bool per row");
-  const DecoupledKlOptions options{device_scalar(foreground_weight, foreground_weight_tensor),
-                                   device_scalar(background_weight, background_weight_tensor),
-                                   foreground_temperature,
-                                   background_temperature,
-                                   static_cast<const bool*>(foreground.data_ptr()),
-                                   enumerator("reduction", reduction, 4)};
+  const DecoupledKlOptions options =
+      decoupled_kl_options(pair, foreground, foreground_weight, foreground_weight_tensor, background_weight,
+                           background_weight_tensor, foreground_temperature, background_temperature, reduction);
   const Gpu gpu(student);
   Tensor loss = new_loss(student, pair.wide, reduction);
   Tensor statistics = new_statistics(student, pair, statistics_per_row);
@@ -45,10 +39,29 @@ Tensor decoupled_kl_backward(Tensor grad_loss, Tensor student, Tensor teacher, T
   return grad;
 }
 
+std::tuple<Tensor, Tensor, Tensor> decoupled_kl_one_pass(
+    Tensor student, Tensor teacher, Tensor foreground, double foreground_weight,
+    std::optional<Tensor> foreground_weight_tensor, double background_weight,
+    std::optional<Tensor> background_weight_tensor, double foreground_temperature, double background_temperature,
+    std::optional<Tensor> weight, int64_t reduction, double loss_weight, std::optional<Tensor> loss_weight_tensor) {
+  RowPair pair = row_pair(student, teacher, weight);
+  const DecoupledKlOptions options =
+      decoupled_kl_options(pair, foreground, foreground_weight, foreground_weight_tensor, background_weight,
+                           background_weight_tensor, foreground_temperature, background_temperature, reduction);
+  const Gpu gpu(student);
+  const RowPass pass = row_pass(student, pair, reduction, torch::stable::empty_like);
+  Tensor parts = new_buffer(student, {2}, ScalarType::Float);
+  Tensor workspace = new_workspace(student, cuda::decoupled_kl_workspace(pair, options));
+  check_launch(cuda::decoupled_kl_one_pass(pair, options, device_scalar(loss_weight, loss_weight_tensor),
+                                           floats_of(workspace), floats_of(pass.loss), floats_of(parts), gpu.stream()));
+  return {pass.loss, parts, pass.grad};
+}
+
 }  // namespace
 }  // namespace kdkernels
 
 KD_GPU_LIBRARY(m) {
   m.impl("decoupled_kl", TORCH_BOX(&kdkernels::decoupled_kl));
   m.impl("decoupled_kl_backward", TORCH_BOX(&kdkernels::decoupled_kl_backward));
+  m.impl("decoupled_kl_one_pass", TORCH_BOX(&kdkernels::decoupled_kl_one_pass));
 }

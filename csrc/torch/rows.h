@@ -58,6 +58,20 @@ inline Tensor row_gradient(const Tensor& student, RowPair& pair) {
   return grad;
 }
 
+// What a one-pass op returns besides what its kernel needs: the loss, and the gradient that `new_grad(student)`
+// allocates and pair.grad then shows.
+struct RowPass {
+  Tensor loss, grad;
+};
+template <class F>
+RowPass row_pass(const Tensor& student, RowPair& pair, int64_t reduction, const F& new_grad) {
+  STD_TORCH_CHECK(!pair.wide, "float64 has no one-pass kernel");
+  STD_TORCH_CHECK(reduction != RowReduction::none, "one value per row has no one-pass kernel");
+  RowPass pass{new_buffer(student, {}, ScalarType::Float), new_grad(student)};
+  pair.grad = row_view(pass.grad);
+  return pass;
+}
+
 inline const int64_t* label_data(const std::optional<Tensor>& target, int64_t rows) {
   if (!target.has_value()) return nullptr;
   STD_TORCH_CHECK(target->scalar_type() == ScalarType::Long && target->is_contiguous() && target->numel() == rows,

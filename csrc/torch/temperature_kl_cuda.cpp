@@ -35,10 +35,26 @@ Tensor temperature_kl_backward(Tensor grad_loss, Tensor student, Tensor teacher,
   return grad;
 }
 
+std::tuple<Tensor, Tensor> temperature_kl_one_pass(Tensor student, Tensor teacher, double temperature,
+                                                   std::optional<Tensor> weight, int64_t reduction,
+                                                   std::optional<double> avg_factor,
+                                                   std::optional<Tensor> avg_factor_tensor, double loss_weight,
+                                                   std::optional<Tensor> loss_weight_tensor) {
+  RowPair pair = row_pair(student, teacher, weight);
+  const RowReduction reduced = row_reduction(reduction, avg_factor, avg_factor_tensor);
+  const Gpu gpu(student);
+  const RowPass pass = row_pass(student, pair, reduction, torch::stable::empty_like);
+  Tensor workspace = new_workspace(student, cuda::temperature_kl_workspace(pair));
+  check_launch(cuda::temperature_kl_one_pass(pair, temperature, reduced, device_scalar(loss_weight, loss_weight_tensor),
+                                             floats_of(workspace), floats_of(pass.loss), gpu.stream()));
+  return {pass.loss, pass.grad};
+}
+
 }  // namespace
 }  // namespace kdkernels
 
 KD_GPU_LIBRARY(m) {
   m.impl("temperature_kl", TORCH_BOX(&kdkernels::temperature_kl));
   m.impl("temperature_kl_backward", TORCH_BOX(&kdkernels::temperature_kl_backward));
+  m.impl("temperature_kl_one_pass", TORCH_BOX(&kdkernels::temperature_kl_one_pass));
 }

@@ -39,6 +39,7 @@ inline bool is_wide(const Tensor& student) { return student.scalar_type() == Sca
 inline ScalarType arithmetic_dtype(bool wide) { return wide ? ScalarType::Double : ScalarType::Float; }
 
 inline char* data_of(const Tensor& x) { return static_cast<char*>(x.data_ptr()); }
+inline float* floats_of(const Tensor& x) { return static_cast<float*>(x.data_ptr()); }
 
 inline FeatureView feature_view(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 4, "expected (N, C, H, W)");
