@@ -31,6 +31,9 @@ FeaturePass feature_pass(const std::vector<Tensor>& student, const std::vector<T
     if (mask_of[i] < 0) continue;
     STD_TORCH_CHECK(mask_of[i] < int64_t(mask.size()), "no such mask");
     put_mask(pass.levels[i], mask[mask_of[i]], false);
+    static const float nothing = 0;
+    // An empty mask may have no memory, but its level counts among those of a mean.
+    if (pass.levels[i].mask == nullptr) pass.levels[i].mask = &nothing;
   }
   pass.pearson = std::make_unique<bool[]>(count);
   for (const int64_t i : pearson) {
