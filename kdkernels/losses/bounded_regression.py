@@ -179,8 +179,6 @@ def weighted(
             avg_factor=avg_factor,
         )
 
-    if backend == "reference":
-        return scaled(by_formula(student, teacher), loss_weight)
     if rows_take_one_pass(one_pass, "bounded_regression", backend, student, reduction):
         # The forward leaves the derivative, with both weights in it: the loss weight may enter with them.
         check_scalar("loss_weight", loss_weight, student)
@@ -208,6 +206,8 @@ def weighted(
             return loss, _backward[backend](upstream, student, derivative, False), {}
 
         return row_plan(backend, student, teacher, run, by_formula, loss_weight)
+    if backend == "reference":
+        return scaled(by_formula(student, teacher), loss_weight)
     loss = _BoundedRegression.apply(
         backend,
         student,

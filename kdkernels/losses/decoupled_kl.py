@@ -149,8 +149,6 @@ def weighted(
             reduction=reduction,
         )
 
-    if backend == "reference":
-        return scaled(by_formula(student, teacher), loss_weight)
     if rows_take_one_pass(one_pass, "decoupled_kl_one_pass", backend, student, reduction):
         scale = check_scalar("loss_weight", loss_weight, student)
 
@@ -172,6 +170,8 @@ def weighted(
             return loss, grad, {"decoupled_kl/foreground": parts[0], "decoupled_kl/background": parts[1]}
 
         return row_plan(backend, student, teacher, run, by_formula, loss_weight)
+    if backend == "reference":
+        return scaled(by_formula(student, teacher), loss_weight)
     loss = _DecoupledKL.apply(
         backend,
         student,

@@ -204,8 +204,6 @@ def weighted(
             avg_factor=avg_factor,
         )
 
-    if backend == "reference":
-        return scaled(by_formula(student, teacher), loss_weight)
     if rows_take_one_pass(one_pass, "soft_cross_entropy_one_pass", backend, student, reduction):
         scale = check_scalar("loss_weight", loss_weight, student)
 
@@ -228,6 +226,8 @@ def weighted(
             return loss, grad, {}
 
         return row_plan(backend, student, teacher, run, by_formula, loss_weight)
+    if backend == "reference":
+        return scaled(by_formula(student, teacher), loss_weight)
     loss = _SoftCrossEntropy.apply(
         backend,
         student,
