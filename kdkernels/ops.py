@@ -151,9 +151,11 @@ def _kernel_registered(op: str, device: str) -> bool:
 
 
 def has_kernel(op: str, backend: str) -> bool:
-    """Whether a backend, whose kernels are loaded, has one for an op; Triton's are modules."""
-    if backend == "triton":
+    """Whether a backend that was chosen, so that its kernels are loaded, has one for a one-pass op. Triton has none."""
+    if backend not in ("cpu", "cuda"):
         return False
+    if torch.compiler.is_compiling():
+        return True
     return _kernel_registered(op, backend)
 
 

@@ -55,7 +55,7 @@ def _obstacle(op: str, backend: str, students: Sequence[Tensor]) -> str | None:
     """Why a call cannot take the one-pass form, or None."""
     if torch.compiler.is_compiling():
         return "a compiled graph takes two passes"
-    if backend not in ops.OPS[op] or not ops.has_kernel(op, backend):
+    if not ops.has_kernel(op, backend):
         return f"backend {backend!r} has no one-pass kernel"
     for s in students:
         if s.dtype not in _DTYPES:
