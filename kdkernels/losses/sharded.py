@@ -246,7 +246,7 @@ class _Pearson(torch.autograd.Function):
                 a = (_channels(s, chosen) - mean_s[c, None]) * scale_s[c, None]
                 b = (_channels(t, chosen) - mean_t[c, None]) * scale_t[c, None]
                 grad = (factor_s[c, None] * a - factor_t[c, None] * b) * (ranks * grad_losses[i].double())
-                grads[i][:, chosen] = grad.view(-1, s.shape[0], *s.shape[2:]).transpose(0, 1).to(s.dtype)
+                grads[i][:, chosen] = grad.view(len(grad), s.shape[0], *s.shape[2:]).transpose(0, 1).to(s.dtype)
         return (None, None, None, *grads, *([None] * count))
 
 
