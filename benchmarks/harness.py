@@ -13,14 +13,15 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import measure
 import report
 import torch
-from judge import Judge
+from judge import Judge, tensors
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,16 +42,19 @@ class Benchmark:
     """One loss to be timed.
 
     `inputs(shape, dtype, generator)` gives the student and then the constants; `ours` and `eager` take them in that
-    order and return the same number. `reads` counts the tensors of the student's size that the forward must read.
+    order and return the same number. Student and teacher may be lists of tensors. `reads` counts the tensors of the
+    student's size that the forward must read. `variants` are other ways of ours, at the widest capability alone.
     """
 
     loss: str
-    inputs: Callable[[Sequence[int], torch.dtype, torch.Generator], tuple[Tensor, ...]]
+    inputs: Callable[[Sequence[int], torch.dtype, torch.Generator], tuple[Any, ...]]
     ours: Callable[..., Tensor]
     eager: Callable[..., Tensor]
     shapes: Sequence[tuple[int, ...]]
     quick_shape: tuple[int, ...]
     reads: int = 2
+    tests: str = ""  # test_<tests>.py, if not named after the loss
+    variants: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -99,13 +103,20 @@ def _ours(benchmark: Benchmark) -> Iterator[Provider]:
         say(f"{benchmark.loss}: no compiled kernels ({native.status('cpu').reason}), so ours is left out")
         return
 
-    def call(*inputs: Tensor) -> Tensor:
-        with kdkernels.use_backend("cpu"):
-            return benchmark.ours(*inputs)
+    def on_the_cpu(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*inputs: Any) -> Tensor:
+            with kdkernels.use_backend("cpu"):
+                return function(*inputs)
 
-    known = native.CAPABILITIES
-    for name in reversed(known[: known.index(native.best_cpu_capability()) + 1]):
-        yield Provider("ours", name, call, lambda name=name: native.set_cpu_capability(name))
+        return call
+
+    known, best = native.CAPABILITIES, native.best_cpu_capability()
+    for name in reversed(known[: known.index(best) + 1]):
+        yield Provider("ours", name, on_the_cpu(benchmark.ours), lambda name=name: native.set_cpu_capability(name))
+        if name == best:
+            for variant, function in benchmark.variants.items():
+                setting = f"{name}, {variant}"
+                yield Provider("ours", setting, on_the_cpu(function), lambda: native.set_cpu_capability(best))
 
 
 def _compiled(benchmark: Benchmark, inputs: Sequence[Tensor], judge: Judge, modes: Sequence[str]) -> Provider | None:
@@ -158,7 +169,10 @@ def run_case(
         return [], not judge.refusals
     times, floors = measure.interleaved(providers, inputs, options.rounds, options.seconds, say)
     memory = {p.name: measure.forward_memory(p, inputs) for p in providers}
-    return report.rows(benchmark, shape, dtype, providers, times, floors, memory, judge.errors), not judge.refusals
+    elements = sum(x.numel() for x in tensors(inputs[0]))
+    return report.rows(
+        benchmark, shape, dtype, elements, providers, times, floors, memory, judge.errors
+    ), not judge.refusals
 
 
 def parser() -> argparse.ArgumentParser:
@@ -193,7 +207,7 @@ def main(benchmarks: Sequence[Benchmark], arguments: Sequence[str] | None = None
     torch.set_num_threads(options.threads)
     good, found, began = True, [], time.monotonic()
     for benchmark in chosen:
-        if not options.skip_tests and not tests_are_green(benchmark.loss):
+        if not options.skip_tests and not tests_are_green(benchmark.tests or benchmark.loss):
             good = False
             continue
         for shape in [benchmark.quick_shape] if options.quick else benchmark.shapes:

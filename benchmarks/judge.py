@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 # A peer rounds to its input's dtype after each of a few operations, and sums long rows in float32. In bfloat16 six
 # roundings are 4.7 %: a swapped teacher, a factor of 1.05 or a gradient of zero exceeds that.
@@ -26,23 +28,35 @@ def error(x: Tensor, x64: Tensor) -> float:
     return worst / largest if largest > 0 and math.isfinite(worst) else math.inf
 
 
-def evaluate(function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss without a graph, the loss with one, and the student's gradient."""
+def tensors(x: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """A side's tensors: its levels, or itself."""
+    return [x] if isinstance(x, Tensor) else list(x)
+
+
+def leaf(student: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
+    """A fresh leaf of the student, or of each of its tensors."""
+    leaves = [x.detach().clone().requires_grad_() for x in tensors(student)]
+    return leaves[0] if isinstance(student, Tensor) else leaves
+
+
+def evaluate(function: Callable[..., Tensor], inputs: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss without a graph, the loss with one, and the student's gradient, all of its tensors in one row."""
     with torch.no_grad():
         alone = function(*inputs)
-    student = inputs[0].detach().clone().requires_grad_()
+    student = leaf(inputs[0])
     loss = function(student, *inputs[1:])
     loss.backward()
-    if student.grad is None:
+    grads = [x.grad for x in tensors(student)]
+    if any(grad is None for grad in grads):
         raise RuntimeError("the student got no gradient")
-    return alone, loss.detach(), student.grad
+    return alone, loss.detach(), torch.cat([grad.flatten() for grad in grads])
 
 
 class Judge:
     """Holds one set of inputs' exact answer; collects the errors of whom it accepts and the refusals, in words."""
 
-    def __init__(self, formula: Callable[..., Tensor], inputs: Sequence[Tensor]):
-        wide = [x.double() if x.is_floating_point() else x for x in inputs]
+    def __init__(self, formula: Callable[..., Tensor], inputs: Sequence[Any]):
+        wide = pytree.tree_map(lambda x: x.double() if x.is_floating_point() else x, list(inputs))
         self.truth = evaluate(formula, wide)
         self.peer = self._errors(evaluate(formula, inputs))
         self.errors: dict[str, tuple[float, float]] = {}
@@ -56,7 +70,7 @@ class Judge:
         self,
         name: str,
         function: Callable[..., Tensor],
-        inputs: Sequence[Tensor],
+        inputs: Sequence[Any],
         prepare: Callable[[], object] = lambda: None,
         *,
         ours: bool = False,
@@ -70,7 +84,7 @@ class Judge:
             if ours:
                 accepted = 2 * peer + 4 * torch.finfo(x.dtype).eps
             else:
-                accepted = PEER_ROUNDINGS * torch.finfo(inputs[0].dtype).eps
+                accepted = PEER_ROUNDINGS * torch.finfo(tensors(inputs[0])[0].dtype).eps
                 accepted += PEER_SUM_ROUNDINGS * torch.finfo(torch.float32).eps
             if not got <= accepted:
                 wrong.append(f"{what} error {got:.2e}, accepted {accepted:.2e}")

@@ -14,9 +14,10 @@ import mmap
 import os
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from judge import leaf, tensors
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -28,15 +29,20 @@ FLOORS = ("touched", "fresh")
 FEWEST, MOST = 9, 200
 
 
-def _sample(function: Callable[..., Tensor], student: Tensor, constants: Sequence[Tensor]) -> dict[str, float]:
-    student.grad = None  # so that each backward allocates its gradient, as after zero_grad(set_to_none=True)
+def _clear(student: Any) -> None:
+    for x in tensors(student):
+        x.grad = None
+
+
+def _sample(function: Callable[..., Tensor], student: Any, constants: Sequence[Any]) -> dict[str, float]:
+    _clear(student)  # so that each backward allocates its gradient, as after zero_grad(set_to_none=True)
     begin = time.perf_counter()
     loss = function(student, *constants)
     middle = time.perf_counter()
     loss.backward()
     end = time.perf_counter()
     del loss
-    student.grad = None
+    _clear(student)
     with torch.no_grad():
         start = time.perf_counter()
         function(student, *constants)
@@ -53,42 +59,41 @@ def _words(x: Tensor) -> Tensor:
 class Floors:
     """A read of student and teacher and a write of one output of that size: into touched memory, and into new pages."""
 
-    def __init__(self, student: Tensor, teacher: Tensor):
-        self.student, self.teacher = _words(student), _words(teacher)
-        self.buffer = torch.zeros_like(self.student)
+    def __init__(self, student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor]):
+        self.sides = [(_words(s), _words(t)) for s, t in zip(tensors(student), tensors(teacher), strict=True)]
+        self.buffers = [torch.zeros_like(s) for s, _ in self.sides]
 
     def sample(self) -> dict[str, float]:
         begin = time.perf_counter()
-        torch.bitwise_xor(self.student, self.teacher, out=self.buffer)
+        for (student, teacher), buffer in zip(self.sides, self.buffers):
+            torch.bitwise_xor(student, teacher, out=buffer)
         middle = time.perf_counter()
-        # Mapped by hand: an allocator might give back pages that were touched before.
-        pages = mmap.mmap(-1, max(1, self.buffer.numel() * self.buffer.element_size()))
-        fresh = torch.frombuffer(pages, dtype=self.buffer.dtype)
-        torch.bitwise_xor(self.student, self.teacher, out=fresh)
+        kept = []  # until all are written, as gradients are
+        for student, teacher in self.sides:
+            # Mapped by hand: an allocator might give back pages that were touched before.
+            pages = mmap.mmap(-1, max(1, student.numel() * student.element_size()))
+            fresh = torch.frombuffer(pages, dtype=student.dtype)
+            kept.append(torch.bitwise_xor(student, teacher, out=fresh))
         end = time.perf_counter()
         return {"touched": middle - begin, "fresh": end - middle}
 
 
-def _leaf(inputs: Sequence[Tensor]) -> Tensor:
-    return inputs[0].detach().clone().requires_grad_()
-
-
-def trial(function: Callable[..., Tensor], inputs: Sequence[Tensor], rounds: int = 5) -> float:
+def trial(function: Callable[..., Tensor], inputs: Sequence[Any], rounds: int = 5) -> float:
     """A quick median of forward plus backward: enough to choose between settings of one provider."""
-    student = _leaf(inputs)
+    student = leaf(inputs[0])
     samples = [_sample(function, student, inputs[1:])["both"] for _ in range(rounds + 1)]
     return sorted(samples[1:])[rounds // 2]
 
 
 def interleaved(
     providers: Sequence[Provider],
-    inputs: Sequence[Tensor],
+    inputs: Sequence[Any],
     rounds: int | None,
     seconds: float,
     say: Callable[[str], None],
 ) -> tuple[dict[str, dict[str, list[float]]], dict[str, list[float]]]:
     """Seconds per provider and mode, and per floor: as many rounds as asked for, or as fit into `seconds`."""
-    student = _leaf(inputs)
+    student = leaf(inputs[0])
     floors = Floors(inputs[0], inputs[1])
 
     def one_round(shift: int) -> dict[str, dict[str, float]]:
@@ -158,10 +163,10 @@ def _resident_growth(function: Callable[[], object]) -> int | None:
     return None if before is None or after is None else after - before
 
 
-def forward_memory(provider: Provider, inputs: Sequence[Tensor]) -> dict[str, int | None]:
+def forward_memory(provider: Provider, inputs: Sequence[Any]) -> dict[str, int | None]:
     """Bytes of one forward with a graph, inputs excluded: peak, kept for backward, and the growth of the process."""
     provider.prepare()
-    student = _leaf(inputs)
+    student = leaf(inputs[0])
 
     def forward() -> Tensor:
         return provider.function(student, *inputs[1:])

@@ -99,11 +99,9 @@ def _environment() -> dict[str, Any]:
     }
 
 
-def rows(benchmark, shape, dtype, providers, times, floors, memory, errors) -> list[dict[str, Any]]:
-    """One row per provider and mode of one case."""
-    import torch
-
-    tensor = torch.Size(shape).numel() * dtype.itemsize
+def rows(benchmark, shape, dtype, elements, providers, times, floors, memory, errors) -> list[dict[str, Any]]:
+    """One row per provider and mode of one case, whose student has so many elements."""
+    tensor = elements * dtype.itemsize
     # The least: inputs read once, and the gradient written where there is one. Two passes read the inputs twice.
     least = {"forward": benchmark.reads, "no_grad": benchmark.reads}
     least |= {"backward": benchmark.reads + 1, "both": benchmark.reads + 1}

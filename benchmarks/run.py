@@ -21,7 +21,8 @@ LOSSES = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs what the options choose."""
-    return harness.main([importlib.import_module(loss).BENCHMARK for loss in LOSSES], arguments)
+    objective = importlib.import_module("detection_distillation").BENCHMARKS
+    return harness.main([*(importlib.import_module(loss).BENCHMARK for loss in LOSSES), *objective], arguments)
 
 
 if __name__ == "__main__":

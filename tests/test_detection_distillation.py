@@ -230,6 +230,22 @@ def test_features_are_read_once_and_all_is_one_node():
     assert launches(lambda: torch.autograd.grad(total, leaves)) == ["one_pass_scale_"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_without_a_gradient_features_are_read_once_too(dtype):
+    objective = kd.DetectionDistillationLoss(**some(FEATURES), gradient_norms=True)
+    given = inputs_of(dtype=dtype)
+    results = []
+    assert launches(lambda: results.append(objective(**given))) == [OP]
+    called, _ = with_leaves(given)
+    expected = objective(**called)
+    assert results[0].total.grad_fn is None
+    for found, wanted in zip(results[0][1:], expected[1:]):
+        assert found.keys() == wanted.keys()
+        assert all(error(found[k], wanted[k]) <= 8 * EPS for k in found)
+    with torch.no_grad():
+        assert error(objective(**called).total, expected.total.detach()) <= 8 * EPS
+
+
 @pytest.mark.parametrize("upstream", [1.0, 0.3, 65536.0])
 def test_kept_graphs_and_any_upstream_gradient(upstream):
     objective = kd.DetectionDistillationLoss(**some(("masked_mse", "pearson", "decoupled_kl", "bounded_regression")))

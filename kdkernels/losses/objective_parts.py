@@ -232,12 +232,18 @@ def can_share(terms: list[FeatureTerm], levels: Levels, one_pass: OnePass) -> bo
     as_given = all(s is levels.students[i] for t in terms for i, s in zip(t.places, t.students))
     numbers = all(isinstance(t.factor, float) for t in terms)
     union = [levels.students[i] for i in sorted({*a.places, *b.places})]
-    return (
-        a.backend == b.backend
-        and as_given
-        and numbers
-        and takes_one_pass(one_pass, feature_pass.OP, a.backend, union, "masked_mse and pearson")
-    )
+    if a.backend != b.backend or not as_given or not numbers:
+        return False
+    return reads_once(one_pass, a.backend, union, "masked_mse and pearson")
+
+
+def reads_once(one_pass: OnePass, backend: str, students: list[Tensor], loss: str) -> bool:
+    """Whether one pass serves: with the gradient, or, where none is needed, for the values alone."""
+    if one_pass is False or torch.compiler.is_compiling():
+        return takes_one_pass(one_pass, feature_pass.OP, backend, students, loss)
+    if torch.is_grad_enabled() and any(s.requires_grad for s in students):
+        return takes_one_pass(one_pass, feature_pass.OP, backend, students, loss)
+    return ops.has_kernel(feature_pass.OP, backend) and all(s.dtype != torch.float64 for s in students)
 
 
 def shared_part(terms: list[FeatureTerm], levels: Levels, norms: bool) -> Part:
@@ -254,7 +260,7 @@ def single_part(term: FeatureTerm, levels: Levels, one_pass: OnePass, norms: boo
     """One term on its own levels."""
     names = [levels.names[i] for i in term.places]
     rows = {term.name: list(range(len(names)))}
-    if takes_one_pass(one_pass, feature_pass.OP, term.backend, term.students, term.name):
+    if reads_once(one_pass, term.backend, term.students, term.name):
         plan = feature_pass.plan(term.backend, term.students, term.teachers, norms=norms, **term.keyword())
         return Part(plan, lambda loss, details: told_by_values(details["features"], rows, names, norms), term.factor)
     module = FEATURES[term.name]
