@@ -94,7 +94,7 @@ struct KlLoss {
   using Sums = KlSums;
   using Look = KlLook;
   using Second = KlSecond;
-  static constexpr int batch = row_batch;
+  static constexpr int batch = one_pass ? 1 : row_batch;  // two, and the gradient, are too many registers
 
   const bool* foreground;
   float temperature[2], inverse[2], k[2];
@@ -130,7 +130,7 @@ struct KlLoss {
     return {inside ? temperature[1] : temperature[0], inside ? inverse[1] : inverse[0], inside ? k[1] : k[0],
             weight ? share * weight[r] : share, inside ? 0 : 1};
   }
-  KD_DEVICE int part(const KlRow& row) const { return row.part; }
+  KD_DEVICE int part(const KlRow& row) const { return one_pass ? row.part : 0; }
 
   KD_DEVICE KlSums start(const KlRow& row) const { return {KlState<float>(), row.k}; }
 

@@ -90,7 +90,7 @@ rows_in_place(const RowPlan plan, const Loss loss, const RowView student, const 
   const Share share =
       plan.block ? Share{rank * row_threads + thread, row_threads * blocks} : Share{thread % plan.lanes, plan.lanes};
   // A second read: by each of a row's blocks, where they have no cluster to add up its sums.
-  const Share again = pass == Pass::rest ? Share{thread, row_threads} : share;
+  const Share again = Loss::one_pass && pass == Pass::rest ? Share{thread, row_threads} : share;
   const typename Loss::Context context = loss.context();
   float totals[Loss::parts] = {};
   KD_NO_UNROLL for (int turn = 0; turn < plan.turns; ++turn) {
