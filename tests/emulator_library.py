@@ -89,7 +89,7 @@ def build(sanitize: bool = False, csrc: Path | None = None) -> Path:
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """Registers the emulated kernels once per process; the handle has kdkernels_emulator_seed and _capability."""
+    """Registers the emulated kernels once per process; the handle has kdkernels_emulator_seed and the like."""
     given = os.environ.get("KDKERNELS_EMULATOR_LIBRARY")  # one that was built elsewhere: mutants/run.py
     path = Path(given) if given else build(sanitize=os.environ.get("KDKERNELS_EMULATOR_SANITIZE") == "1")
     library = torch.library.Library("kdkernels_emulator", "FRAGMENT")
@@ -103,9 +103,15 @@ def load() -> ctypes.CDLL:
     handle = ctypes.CDLL(str(path))
     handle.kdkernels_emulator_seed.argtypes = [ctypes.c_uint64]
     handle.kdkernels_emulator_capability.argtypes = [ctypes.c_int]
+    handle.kdkernels_emulator_launches.restype = ctypes.c_int64
     return handle
 
 
 def op(name: str) -> object:
     """The emulated op of this name."""
     return getattr(torch.ops.kdkernels_emulator, name).default
+
+
+def has_kernel(name: str) -> bool:
+    """Whether the loaded library has this op."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"kdkernels_emulator::{name}", "CPU")

@@ -13,8 +13,9 @@
 
 KD_NAMESPACE_BEGIN
 
-constexpr int plane_threads = 256, pixel_threads = 128;
-constexpr int most_pixel_vectors = 4;  // 64 bytes of 16-bit channels
+constexpr int plane_threads = 256, pixel_threads = plan::pixel_threads;
+constexpr int most_pixel_vectors = plan::most_pixel_vectors;
+static_assert(vector_size == plan::vector_size, "what a plan counts in");
 
 struct ChannelSegment {
   FeatureView student, teacher, grad;
@@ -39,13 +40,8 @@ static_assert(sizeof(ChannelTable) < 4000, "leaves room for a kernel's other arg
 
 // The host's plans.
 
-inline int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-inline int power_of_two(int64_t least, int lowest, int highest) {
-  int x = lowest;
-  while (x < highest && x < least) x *= 2;
-  return x;
-}
+using plan::divided;
+using plan::power_of_two;
 
 // Whether rows follow each other in memory, and pictures too if asked.
 inline bool merges(const FeatureLevel& level, bool pictures) {
@@ -99,13 +95,12 @@ inline ChannelSegment plan_pixels(const FeatureLevel& level, int64_t elements) {
   ChannelSegment s = start_of_plan(level);
   if (level.c * s.pixels == 0) return s;
   s.merged = merges(level, true);
-  s.vectors = int(divided(s.channels, vector_size));
-  s.team = power_of_two(s.vectors, 1, most_pixel_vectors);
-  s.groups = divided(s.vectors, s.team);
-  const int64_t at_once = pixel_threads / s.team;
-  const int64_t wanted = divided(divided(elements, 2048 * s.team * vector_size), at_once) * at_once;
-  s.chunk = wanted < 8 * at_once ? 8 * at_once : wanted;
-  s.chunks = divided(s.pixels, s.chunk);
+  const plan::Pixels pixels = plan::plan_pixels(s.channels, s.pixels, elements);
+  s.vectors = pixels.vectors;
+  s.team = pixels.team;
+  s.groups = pixels.groups;
+  s.chunk = pixels.chunk;
+  s.chunks = pixels.chunks;
   return s;
 }
 
@@ -124,7 +119,7 @@ struct PlaneTeam {
     size = s.team;
     lane = thread_index() % size;
     chunk = block % s.chunks;  // neighbouring blocks read neighbouring memory
-    channel = block / s.chunks * (plane_threads / size) + thread_index() / size;
+    channel = block / s.chunks * (block_threads() / size) + thread_index() / size;
     first = chunk * s.chunk;
     const int64_t rest = s.all - first;
     count = channel < s.channels ? int(rest < s.chunk ? rest : s.chunk) : 0;
@@ -288,9 +283,9 @@ KD_DEVICE bool pixels_are_wide(const FeatureView& view, const S* pixel) {
   return starts_vector(pixel, view.stride[1]) && view.stride[3] % (16 / int(sizeof(S))) == 0;
 }
 
-// Calls body(students, teachers, the gradients' pixels) for `batch` of this thread's pixels at a time, which are
-// team.rows apart, where they follow each other and are vectors; else, and at the end, for single ones. Elements
-// outside team.piece() are undefined.
+// Calls body(students, teachers, the gradients' pixels, the first pixel) for `batch` of this thread's pixels at a time,
+// which are team.rows apart, where they follow each other and are vectors; else, and at the end, for single ones.
+// Elements outside team.piece() are undefined.
 template <int batch, class S, class T, class F>
 KD_DEVICE void for_pixels(const PixelTeam& team, const F& body) {
   const ChannelSegment& segment = team.segment;
@@ -309,7 +304,7 @@ KD_DEVICE void for_pixels(const PixelTeam& team, const F& body) {
         g[b] = at.g;
         at.go_on(segment, team.rows);
       }
-      body(s, t, g);
+      body(s, t, g, pixel);
     }
   }
   KD_NO_UNROLL for (; pixel < team.last; pixel += team.rows) {
@@ -320,7 +315,7 @@ KD_DEVICE void for_pixels(const PixelTeam& team, const F& body) {
     S* const g[1] = {at.g};
     load_packed(s[0], at.s, step_s, p, starts_vector(at.s, step_s));
     load_packed(t[0], at.t, step_t, p, starts_vector(at.t, step_t));
-    body(s, t, g);
+    body(s, t, g, pixel);
   }
 }
 

@@ -12,11 +12,8 @@
 
 KD_NAMESPACE_BEGIN
 
-constexpr int feature_threads = 256;
-// Elements of a line per tile: with a peeled head and tail, one vector per thread.
-constexpr int tile_width = (feature_threads - 2) * vector_size;
-// Elements per block, about: enough to make the mask's tile and the block's partial results a small part of the bytes.
-constexpr int64_t tile_elements = 32768;
+constexpr int feature_threads = plan::tile_threads, tile_width = plan::tile_width;
+static_assert(vector_size == plan::vector_size, "what a plan counts in");
 
 struct FeatureSegment {
   FeatureView student, teacher, grad;
@@ -66,13 +63,11 @@ inline FeatureSegment plan_segment(const FeatureLevel& level, int index) {
     s.length = int(s.rows_merge ? level.h * level.w : level.w);
   }
   if (level.n * level.c * level.h * level.w == 0) return s;
-  s.tiles = (s.length + tile_width - 1) / tile_width;
-  const int width = s.length < tile_width ? s.length : tile_width;
-  const int vectors = (width + vector_size - 1) / vector_size + 1;  // a line may begin inside a vector
-  s.line_step = feature_threads / (vectors < feature_threads ? vectors : feature_threads);
-  const int64_t wanted = (tile_elements / width + s.line_step - 1) / s.line_step * s.line_step;
-  s.lines_per_block = int(wanted < s.line_step ? s.line_step : wanted);
-  s.groups = (s.lines + s.lines_per_block - 1) / s.lines_per_block;
+  const plan::Tiles tiles = plan::plan_tiles(s.lines, s.length);
+  s.tiles = tiles.tiles;
+  s.line_step = tiles.line_step;
+  s.lines_per_block = tiles.lines_per_block;
+  s.groups = tiles.groups;
   return s;
 }
 
@@ -85,8 +80,7 @@ struct Tile {
   int lane, line;  // of this thread: its vector in the line, its line among line_step
 };
 
-KD_DEVICE Tile find_tile(const FeatureTable& table) {
-  const FeatureSegment& s = find_segment(table);
+KD_DEVICE Tile find_tile(const FeatureSegment& s) {
   Tile tile;
   tile.segment = &s;
   tile.block = block_index() - s.first_block;

@@ -4,7 +4,7 @@
 #include "masked_mse.h"
 
 #include "../math/masked_mse.h"
-#include "feature.cuh"
+#include "mask_tile.cuh"
 #include "reduce.cuh"
 
 KD_NAMESPACE_BEGIN
@@ -16,23 +16,6 @@ constexpr int batch = 2;
 
 // A block's sums.
 enum Part : int { foreground, background, mask_inside, mask_outside, parts };
-
-// The mask of a tile's elements in shared memory, laid so that lanes which read elements 8 apart meet no bank twice.
-// NCHW: the line's own pixels. channels_last: every element of a line has the pixel's value.
-struct MaskTile {
-  static constexpr int columns = feature_threads + 2;
-  static constexpr int floats = vector_size * columns;
-  float* values;
-
-  KD_DEVICE static int at(int element) { return element % vector_size * columns + element / vector_size; }
-  KD_DEVICE void load(const Tile& tile) const {
-    const FeatureSegment& s = *tile.segment;
-    const float* mask = s.mask + tile.outer * s.length;
-    for (int i = tile.begin + thread_index(); i < tile.end; i += feature_threads) values[at(i - tile.begin)] = mask[i];
-    block_sync();
-  }
-  KD_DEVICE float operator()(int element) const { return values[at(element)]; }
-};
 
 // Sum of the mask, and of one minus it, over the tile; each tile of pixels is counted by its first group of lines.
 KD_DEVICE void count_regions(const Tile& tile, const MaskTile& mask, float (&sums)[parts]) {
@@ -51,21 +34,10 @@ KD_DEVICE void count_regions(const Tile& tile, const MaskTile& mask, float (&sum
   }
 }
 
-// The mask of a piece's elements.
-KD_DEVICE Vector mask_of_piece(const Tile& tile, const MaskTile& mask, int64_t line, const Piece& p) {
-  Vector m;
-  const float one = tile.segment->channels_inner ? tile.segment->mask[line] : 0.0f;
-  KD_UNROLL for (int i = 0; i < vector_size; ++i) {
-    const bool inside = i >= p.begin && i < p.end;
-    m.x[i] = tile.segment->channels_inner ? one : (inside ? mask(p.first + i - tile.begin) : 0.0f);
-  }
-  return m;
-}
-
 template <class S, class T>
 KD_GLOBAL(feature_threads, 2)
 masked_mse_sums(const FeatureTable table, float* results) {
-  const Tile tile = find_tile(table);
+  const Tile tile = find_tile(find_segment(table));
   const FeatureSegment& segment = *tile.segment;
   const MaskTile mask{shared_memory<float>()};
   if (!segment.channels_inner) mask.load(tile);
@@ -140,7 +112,7 @@ masked_mse_finish(const FinishTable table, const float* results, MaskedMseOption
 template <class S, class T>
 KD_GLOBAL(feature_threads, 2)
 masked_mse_gradients(const FeatureTable table, const float* grad_loss, const float* scales) {
-  const Tile tile = find_tile(table);
+  const Tile tile = find_tile(find_segment(table));
   const FeatureSegment& segment = *tile.segment;
   const MaskTile mask{shared_memory<float>()};
   if (!segment.channels_inner) mask.load(tile);

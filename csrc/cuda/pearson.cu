@@ -29,40 +29,6 @@ struct FinishTable {
   FinishLevel level[max_finish_levels];
 };
 
-KD_DEVICE double shuffle_double(double value, int bits) {
-  float half[2];
-  memcpy(half, &value, 8);
-  half[0] = shuffle_xor(half[0], bits);
-  half[1] = shuffle_xor(half[1], bits);
-  memcpy(&value, half, 8);
-  return value;
-}
-
-// A channel's loss; writes its statistics.
-KD_DEVICE double finish_channel(const ChannelMoments& moments, const FinishLevel& level, double level_share,
-                                const PearsonOptions& options, float* row) {
-  const double m = level.samples;
-  if (m == 0) {
-    KD_UNROLL for (int k = 0; k < statistics_per_channel; ++k) row[k] = 0;
-    return 0;
-  }
-  const Standard<float> s(0.0f, Moments{moments.count, moments.mean_s, moments.ss}, options.eps);
-  const Standard<float> t(0.0f, Moments{moments.count, moments.mean_t, moments.tt}, options.eps);
-  const double share = level_share / (double(level.channels) * m);
-  const double product = s.scale * t.scale * moments.st, of_s = s.scale * s.scale * moments.paired_ss;
-  const double v = of_s - product, u = v + (t.scale * t.scale * moments.tt - product);
-  const ChannelGradient gradient(s, m, v, share, options.zero_on_constant);
-  row[shift_s] = s.shift;
-  row[rest_s] = s.rest;
-  row[scale_s] = float(s.scale);
-  row[factor_s] = float(gradient.student_factor);
-  row[shift_t] = t.shift;
-  row[rest_t] = t.rest;
-  row[scale_t] = float(t.scale);
-  row[factor_t] = float(gradient.teacher_factor);
-  return m < 2 ? 0 : 0.5 * share * (u < 0 ? 0 : u);
-}
-
 // `blocks` blocks: one cluster, whose first block has the loss, or blocks that leave their sums in `totals`.
 KD_GLOBAL(finish_threads, 1)
 pearson_finish(const FinishTable table, const float* results, PearsonOptions options, int blocks, double* totals,
@@ -84,12 +50,13 @@ pearson_finish(const FinishTable table, const float* results, PearsonOptions opt
     }
     KD_UNROLL for (int bits = 1; bits < finish_lanes; bits *= 2) {
       ChannelMoments other = moments;
-      other.each([&](double& x) { x = shuffle_double(x, bits); });
+      other.each([&](double& x) { x = shuffle_xor_double(x, bits); });
       moments.merge(other);
     }
     if (inside && lane == 0) {
       float* row = statistics + (level.first_channel + channel) * statistics_per_channel;
-      total += finish_channel(moments, level, table.share, options, row);
+      const double elements = double(level.channels) * level.samples;
+      total += finish_channel(moments, level.samples, elements > 0 ? table.share / elements : 0, options, row);
     }
   }
   double* scratch = shared_memory<double>();

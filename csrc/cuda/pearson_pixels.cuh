@@ -152,7 +152,7 @@ pearson_pixel_sums(const ChannelTable table, float* results) {
   block_sync();
   for (int pass = 1;; ++pass) {
     PairSums sums[vector_size];
-    for_pixels<batch, S, T>(team, [&](const auto& s, const auto& t, const auto&) {
+    for_pixels<batch, S, T>(team, [&](const auto& s, const auto& t, const auto&, int64_t) {
       constexpr int pixels = sizeof(s) / sizeof(s[0]);
       KD_UNROLL for (int i = 0; i < vector_size; ++i) {
         float of_s[pixels], of_t[pixels];
@@ -194,7 +194,7 @@ pearson_pixel_gradients(const ChannelTable table, const float* grad_loss, const 
   block_sync();
   const Piece p = team.piece();
   const float upstream = *grad_loss;
-  for_pixels<batch, S, T>(team, [&](const auto& s, const auto& t, const auto& to) {
+  for_pixels<batch, S, T>(team, [&](const auto& s, const auto& t, const auto& to, int64_t) {
     constexpr int pixels = sizeof(s) / sizeof(s[0]);
     Packed<S> g[pixels];
     KD_UNROLL for (int i = 0; i < vector_size; i += 2) {

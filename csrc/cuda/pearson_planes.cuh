@@ -16,12 +16,36 @@ struct Gradient {
   KD_DEVICE void read(const float* statistics) {
     KD_UNROLL for (int k = 0; k < statistics_per_channel; ++k) row[k] = statistics[k];
   }
-  KD_DEVICE float operator()(float upstream, float s, float t) const {
+  KD_DEVICE float operator()(float s, float t) const {
     const float a = ((s - row[shift_s]) - row[rest_s]) * row[scale_s];
     const float b = ((t - row[shift_t]) - row[rest_t]) * row[scale_t];
-    return upstream * (row[factor_s] * a - row[factor_t] * b);
+    return row[factor_s] * a - row[factor_t] * b;
   }
+  KD_DEVICE float operator()(float upstream, float s, float t) const { return upstream * (*this)(s, t); }
 };
+
+// A channel's loss from its moments; writes its statistics. `share`: of the loss, divided by the level's elements.
+KD_DEVICE double finish_channel(const ChannelMoments& moments, double m, double share, const PearsonOptions& options,
+                                float* row) {
+  if (m == 0) {
+    KD_UNROLL for (int k = 0; k < statistics_per_channel; ++k) row[k] = 0;
+    return 0;
+  }
+  const Standard<float> s(0.0f, Moments{moments.count, moments.mean_s, moments.ss}, options.eps);
+  const Standard<float> t(0.0f, Moments{moments.count, moments.mean_t, moments.tt}, options.eps);
+  const double product = s.scale * t.scale * moments.st, of_s = s.scale * s.scale * moments.paired_ss;
+  const double v = of_s - product, u = v + (t.scale * t.scale * moments.tt - product);
+  const ChannelGradient gradient(s, m, v, share, options.zero_on_constant);
+  row[shift_s] = s.shift;
+  row[rest_s] = s.rest;
+  row[scale_s] = float(s.scale);
+  row[factor_s] = float(gradient.student_factor);
+  row[shift_t] = t.shift;
+  row[rest_t] = t.rest;
+  row[scale_t] = float(t.scale);
+  row[factor_t] = float(gradient.teacher_factor);
+  return m < 2 ? 0 : 0.5 * share * (u < 0 ? 0 : u);
+}
 
 // How often a chunk may be read: about a guess, about what that found, and with a slope where the guess was so far off
 // that there was none.
@@ -71,26 +95,33 @@ KD_DEVICE Base sampled_base(const PlaneTeam& team) {
   return base;
 }
 
+// Adds a piece to a thread's sums. `found`: its samples.
+template <class S, class T>
+KD_DEVICE void add_piece(PairSums& sums, int& found, const Base& base, const Piece& p, const Packed<S>& s,
+                         const Packed<T>& t) {
+  float of_s[vector_size], of_t[vector_size];
+  KD_UNROLL for (int i = 0; i < vector_size; ++i) {
+    of_s[i] = s[i];
+    of_t[i] = t[i];
+  }
+  if (!p.whole()) {
+    KD_UNROLL for (int i = 0; i < vector_size; ++i) {
+      const bool inside = i >= p.begin && i < p.end;
+      of_s[i] = inside ? of_s[i] : base.s.from;  // 0 about the base
+      of_t[i] = inside ? of_t[i] : base.t.from;
+    }
+  }
+  sums.add(base, of_s, of_t);
+  found += p.end - p.begin;
+}
+
 // One read of the team's chunk by this thread. `count`: its samples.
 template <int batch, class S, class T>
 KD_DEVICE PairSums sum_pieces(const PlaneTeam& team, const Base& base, float& count) {
   PairSums sums;
   int found = 0;
   for_pieces<batch, S, T>(team, [&](const Piece& p, const Packed<S>& s, const Packed<T>& t, S*, bool) {
-    float of_s[vector_size], of_t[vector_size];
-    KD_UNROLL for (int i = 0; i < vector_size; ++i) {
-      of_s[i] = s[i];
-      of_t[i] = t[i];
-    }
-    if (!p.whole()) {
-      KD_UNROLL for (int i = 0; i < vector_size; ++i) {
-        const bool inside = i >= p.begin && i < p.end;
-        of_s[i] = inside ? of_s[i] : base.s.from;  // 0 about the base
-        of_t[i] = inside ? of_t[i] : base.t.from;
-      }
-    }
-    sums.add(base, of_s, of_t);
-    found += p.end - p.begin;
+    add_piece(sums, found, base, p, s, t);
   });
   count = float(found);
   return sums;

@@ -1,11 +1,12 @@
 // A table of segments, one per level of a pyramid, which travels by value: all levels are one launch.
 #pragma once
 
+#include "feature_plan.h"
 #include "pairs.cuh"
 
 KD_NAMESPACE_BEGIN
 
-constexpr int max_segments = 12;  // a table stays below the 4 KB of kernel arguments that every driver takes
+using plan::max_segments;
 
 // Segment: what a kernel knows of a level. It has first_block, its first block of the launch, and blocks().
 template <class Segment>

@@ -62,6 +62,7 @@ struct State {
 
 uint64_t seed = 0;
 int capability = 90, code = 0;
+int64_t launches = 0;
 
 uint64_t random_word() {
   seed += 0x9e3779b97f4a7c15u;
@@ -295,6 +296,7 @@ uint32_t shuffle_xor(uint32_t word, int bits) {
 void set_seed(uint64_t value) { seed = value; }
 void set_compute_capability(int value) { capability = value; }
 int compute_capability() { return capability; }
+int64_t launch_count() { return launches; }
 void set_code_capability(int value) { code = value; }
 int code_capability() { return code && code < capability ? code : capability; }
 
@@ -310,12 +312,21 @@ void fail(const char* format, ...) {
   abort();
 }
 
+// Bytes of shared memory that a block can have.
+int most_shared_bytes() {
+  if (capability < 80) return 64 * 1024;
+  if (capability < 90) return (capability == 80 || capability == 87 ? 163 : 99) * 1024;
+  return (capability / 10 == 12 ? 99 : 227) * 1024;
+}
+
 const char* run_body(int64_t blocks, int threads, int shared_bytes, int cluster, Body body, void* context) {
   state.error[0] = 0;
   if (threads % warp_size || threads < 1 || threads > 1024) return "threads: not a multiple of 32 up to 1024";
   if (cluster < 1 || blocks % cluster) return "blocks: not a multiple of the cluster";
   if (cluster > 1 && capability < 90) return "clusters need compute capability 9.0";
-  if (shared_bytes > 227 * 1024) return "more shared memory than a block can have";
+  if (cluster > 8) return "a cluster that not every device has";
+  if (shared_bytes > most_shared_bytes()) return "more shared memory than a block can have";
+  ++launches;
   state.threads = threads;
   state.cluster = cluster;
   state.shared_bytes = shared_bytes;
@@ -357,6 +368,7 @@ __attribute__((visibility("default"))) void kdkernels_emulator_seed(uint64_t see
 __attribute__((visibility("default"))) void kdkernels_emulator_capability(int capability) {
   emulator::set_compute_capability(capability);
 }
+__attribute__((visibility("default"))) int64_t kdkernels_emulator_launches() { return emulator::launch_count(); }
 __attribute__((visibility("default"))) void kdkernels_emulator_code(int capability) {
   emulator::set_code_capability(capability);
 }

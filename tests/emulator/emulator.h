@@ -31,6 +31,7 @@ uint32_t shuffle_xor(uint32_t word, int bits);
 void set_seed(uint64_t seed);
 void set_compute_capability(int capability);
 int compute_capability();
+int64_t launch_count();  // of the process
 // What kernels were compiled for, if a driver translated them from the PTX of an older architecture; 0: for the device.
 void set_code_capability(int capability);
 int code_capability();

@@ -2,7 +2,7 @@
 
 from mutant import Mutant
 
-_PIECES = "cuda/pieces.cuh"
+_PIECES, _TILE = "cuda/pieces.cuh", "cuda/mask_tile.cuh"
 _MSE, _FEATURE, _REDUCE, _PRIMITIVES = (
     "cuda/masked_mse.cu",
     "cuda/feature.cuh",
@@ -13,7 +13,7 @@ _MSE, _FEATURE, _REDUCE, _PRIMITIVES = (
 FEATURES = [
     Mutant(
         "mask read before it is complete",
-        _MSE,
+        _TILE,
         "masked_mse",
         "values[at(i - tile.begin)] = mask[i];\n    block_sync();",
         "values[at(i - tile.begin)] = mask[i];",
@@ -25,10 +25,10 @@ FEATURES = [
         "  block_sync();  // the mask has been read: its memory serves the sums\n",
         "",
     ),
-    Mutant("mask of the first picture for all", _MSE, "masked_mse", "s.mask + tile.outer * s.length", "s.mask"),
+    Mutant("mask of the first picture for all", _TILE, "masked_mse", "s.mask + tile.outer * s.length", "s.mask"),
     Mutant(
         "mask shifted by one pixel",
-        _MSE,
+        _TILE,
         "masked_mse",
         "mask(p.first + i - tile.begin)",
         "mask(p.first + i - tile.begin + 1)",
@@ -255,7 +255,7 @@ FEATURES = [
     ),
     Mutant(
         "Pearson: u from the student's own spread",
-        "cuda/pearson.cu",
+        "cuda/pearson_planes.cuh",
         "pearson",
         "u = v + (t.scale * t.scale * moments.tt - product)",
         "u = v + (t.scale * t.scale * moments.ss - product)",
