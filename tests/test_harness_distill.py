@@ -11,6 +11,7 @@ box_iou = pytest.importorskip("torchvision.ops").box_iou
 from harness_parts import SMALL, batch, detector  # noqa: E402
 from torchvision.models.detection._utils import BoxCoder  # noqa: E402
 
+import kdkernels as kd  # noqa: E402
 from kdkernels.harness import Adapter, FrozenTeacher, data, shared_proposals, split, train  # noqa: E402
 from kdkernels.harness.detectors import Detector  # noqa: E402
 from kdkernels.harness.distill import Recipe, encode, gather_deltas  # noqa: E402
@@ -145,9 +146,10 @@ def test_gradient_reaches_every_part_of_the_student_and_nothing_of_the_teacher(s
     teacher, student = detector(width=0.5), detector(channels=32).train()
     recipe = recipe_of(teacher, channels=32)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    losses = train._distilled(student, recipe)(images, targets)
-    assert all(torch.isfinite(loss) for loss in losses.values())
-    assert {name.partition("/")[0] for name in losses} == {"task", "distill"} and len(losses) == 8
+    losses, told = train._distilled(student, recipe)(images, targets)
+    assert all(torch.isfinite(loss) for loss in [*losses.values(), *told.values()])
+    assert {name.partition("/")[0] for name in losses} == {"task", "distill"} and len(losses) == 5
+    assert len(told) == 4 and torch.allclose(sum(told.values()), losses["distill"].detach())
     sum(losses.values()).backward()
     for name, parameter in [*student.named_parameters(), *recipe.named_parameters()]:
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
@@ -171,9 +173,10 @@ def test_each_distillation_loss_alone_reaches_its_parts(scene_batch, loss, parts
     # The teacher's own proposals as objects: some rows are foreground whatever a random teacher proposes.
     boxes = recipe.teacher.proposals(recipe.teacher.features(images))
     targets = [{"boxes": b[:3].clone(), "labels": torch.tensor([1, 2, 3])} for b in boxes]
-    losses = recipe(student, student.features(images), images, targets)
-    assert set(losses) == {"pearson", "masked_mse", "decoupled_kl", "bounded_regression"}
-    losses[loss].backward()
+    recipe.objective = kd.DetectionDistillationLoss(**{loss: recipe.objective.configured[loss]})
+    result = recipe(student, student.features(images), images, targets)
+    assert set(result.terms) == {loss}
+    result.total.backward()
     touched = [name for name, p in student.named_parameters() if p.grad is not None and p.grad.abs().max() > 0]
     for part in parts:
         assert any(part in name for name in touched), part
@@ -183,10 +186,10 @@ def test_a_batch_without_objects_trains(scene_batch):
     images, targets = scene_batch
     student, recipe = detector().train(), recipe_of(detector(width=0.5))
     empty = [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)} for _ in targets]
-    losses = train._distilled(student, recipe)(images, empty)
+    losses, told = train._distilled(student, recipe)(images, empty)
     total = sum(losses.values())
     total.backward()
-    assert torch.isfinite(total) and losses["distill/bounded_regression"].detach() == 0
+    assert torch.isfinite(total) and told["distill/bounded_regression"] == 0
 
 
 def test_features_are_computed_once_per_step(scene_batch, monkeypatch):
@@ -207,7 +210,9 @@ def test_split_measures_every_part_and_leaves_no_trace():
     before = {name: value.clone() for name, value in student.state_dict().items()}
     settings = TrainSettings(batch_size=2)
     parts = split.measure(student, recipe, pictures, settings, torch.device("cpu"), steps=2)
-    assert set(parts) == {"teacher", "student", "losses", "alone"} and all(seconds > 0 for seconds in parts.values())
+    assert set(parts) == {"teacher", "student", "losses", "separate", "alone"} and all(
+        seconds > 0 for seconds in parts.values()
+    )
     assert all(parameter.grad is None for parameter in student.parameters())
     for name, value in student.state_dict().items():
         assert torch.equal(value, before[name]), name
@@ -227,7 +232,7 @@ def test_split_steps_with_the_same_gradient(scene_batch):
         if cut:
             split._step(student, recipe, split._TimedTeacher(teacher, lambda: 0.0), images, targets)
         else:
-            sum(train._distilled(student, recipe)(images, targets).values()).backward()
+            sum(train._distilled(student, recipe)(images, targets).summed.values()).backward()
         gradients.append([p.grad for p in [*student.parameters(), *recipe.parameters()]])
     for joined, whole in zip(gradients[1], gradients[0], strict=True):
         # the same sums in another order

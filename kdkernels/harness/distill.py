@@ -1,6 +1,6 @@
 """What a step of distillation adds to a detector's own losses: adapter, shared proposals, and the recipe of losses.
 
-The losses are the library's public ones. A recipe for other detectors or other losses is another class with the call of
+The losses are the library's objective. A recipe for other detectors or other losses is another class with the call of
 ``Recipe``; ``Adapter`` and ``shared_proposals`` are public and work with any detector of the harness's protocol.
 """
 
@@ -170,51 +170,48 @@ class Recipe(nn.Module):
     def __init__(self, teacher: FrozenTeacher, adapter: Adapter, settings: RecipeSettings, base_size: float) -> None:
         super().__init__()
         self.teacher, self.adapter, self.settings, self.base_size = teacher, adapter, settings, base_size
+        self.objective = kd.DetectionDistillationLoss(
+            pearson={"loss_weight": settings.pearson},
+            masked_mse={"foreground_weight": settings.mse_foreground, "background_weight": settings.mse_background},
+            decoupled_kl={
+                "foreground_weight": settings.kl_foreground,
+                "background_weight": settings.kl_background,
+                "foreground_temperature": settings.foreground_temperature,
+                "background_temperature": settings.background_temperature,
+            },
+            # Smooth L1 is already among the detector's own losses. The divisor stays the number of all rows, as in
+            # torchvision's box loss.
+            bounded_regression={
+                "margin": settings.margin,
+                "bound_weight": settings.bound,
+                "smooth_l1_weight": 0.0,
+                "gate": "row",
+            },
+        )
 
-    def forward(self, student: Any, features: Any, images: Tensor, targets: list[dict]) -> dict[str, Tensor]:
-        """Weighted losses by name, each a 0-d tensor; ``features`` are the student's, computed once for all losses."""
+    def forward(self, student: Any, features: Any, images: Tensor, targets: list[dict]) -> kd.DistillationResult:
+        """The objective; ``features`` are the student's, computed once for all losses."""
         wanted = self.teacher.features(images)
         rows = shared_proposals(student, self.teacher, features, wanted, targets, limit=self.settings.proposals)
-        return self.compare(features, wanted, rows, targets)
+        return self.objective(**self.inputs(features, wanted, rows, targets))
 
-    def compare(self, features: Any, wanted: Any, rows: SharedProposals, targets: list[dict]) -> dict[str, Tensor]:
-        """The losses alone, from what student and teacher have made of the pictures."""
-        weights = self.settings
+    def inputs(self, features: Any, wanted: Any, rows: SharedProposals, targets: list[dict]) -> dict[str, Any]:
+        """What the objective compares, from what student and teacher have made of the pictures."""
         adapted, wanted = list(self.adapter(features).values()), list(wanted.values())
         sizes = [tuple(level.shape[-2:]) for level in wanted]
         strides = [4 * 2**level for level in range(len(sizes))]
         masks = kd.masks.ground_truth_masks(
             [target["boxes"] for target in targets], sizes, strides, base_size=self.base_size
         )
-        foreground = rows.foreground
         return {
-            "pearson": weights.pearson * kd.pearson_loss(adapted, wanted),
-            "masked_mse": kd.masked_mse_loss(
-                adapted,
-                wanted,
-                masks,
-                foreground_weight=weights.mse_foreground,
-                background_weight=weights.mse_background,
-            ),
-            "decoupled_kl": kd.decoupled_kl_loss(
-                rows.student_logits,
-                rows.teacher_logits,
-                foreground,
-                foreground_weight=weights.kl_foreground,
-                background_weight=weights.kl_background,
-                foreground_temperature=weights.foreground_temperature,
-                background_temperature=weights.background_temperature,
-            ),
-            # Only rows with an object have a target; smooth L1 is already among the detector's own losses. The divisor
-            # stays the number of all rows, as in torchvision's box loss.
-            "bounded_regression": kd.bounded_regression_loss(
-                rows.student_deltas,
-                rows.teacher_deltas,
-                rows.target_deltas,
-                margin=weights.margin,
-                bound_weight=weights.bound,
-                smooth_l1_weight=0.0,
-                gate="row",
-                weight=foreground.float(),
-            ),
+            "student_features": adapted,
+            "teacher_features": wanted,
+            "masks": masks,
+            "student_logits": rows.student_logits,
+            "teacher_logits": rows.teacher_logits,
+            "foreground": rows.foreground,
+            "student_deltas": rows.student_deltas,
+            "teacher_deltas": rows.teacher_deltas,
+            "target_deltas": rows.target_deltas,
+            "delta_weight": rows.foreground.float(),  # only rows with an object have a target
         }

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,15 @@ from .evaluate import Evaluator, Score
 from .progress import Progress
 from .settings import TrainSettings
 
-Objective = Callable[[Tensor, list[dict]], dict[str, Tensor]]
+
+class Losses(NamedTuple):
+    """What an objective gives for a batch."""
+
+    summed: dict[str, Tensor]  #: by name, each with its graph; their sum is what is trained
+    told: dict[str, Tensor] = {}  #: what is recorded in place of "distill": its terms, detached
+
+
+Objective = Callable[[Tensor, list[dict]], Losses]
 
 
 class TrainingError(RuntimeError):
@@ -83,8 +92,8 @@ def fit(
 
     Args:
         name: what the progress and the records call it.
-        objective: pictures and targets of a batch to losses by name; names that start with ``task/`` are summed into
-            the curve that all runs share.
+        objective: pictures and targets of a batch to losses; those whose names start with ``task/`` are summed into the
+            curve that all runs share.
         parameters: all that is trained (the detector's, and an adapter's).
     """
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
@@ -101,16 +110,19 @@ def fit(
         for step, batch in enumerate(batches, start=1):
             images, targets = to_device(*batch, device)
             losses = objective(images, targets)
-            total = sum(losses.values())
+            total = sum(losses.summed.values())
             optimizer.zero_grad(set_to_none=True)
             total.backward()
             norm = nn.utils.clip_grad_norm_(parameters, settings.clip)
             optimizer.step()
             lr = schedule.get_last_lr()[0]
             schedule.step()
-            values = dict(zip(losses, torch.stack([loss.detach() for loss in losses.values()]).tolist(), strict=True))
+            named = {**losses.summed, **losses.told, "total": total}
+            values = dict(zip(named, torch.stack([value.detach() for value in named.values()]).tolist(), strict=True))
             seconds = time.perf_counter() - begin
-            loss = sum(values.values())
+            loss = values.pop("total")
+            if losses.told:
+                values.pop("distill")
             if not math.isfinite(loss):
                 raise TrainingError(f"{name}: the loss is {loss} at step {step}: {values}; a smaller --lr may help")
             run.seconds += seconds

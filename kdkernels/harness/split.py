@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+import kdkernels as kd
+
 from .data import to_device, training_batches
 from .distill import Recipe, shared_proposals
 from .settings import TrainSettings
@@ -31,11 +33,12 @@ def measure(
 
     The distillation losses are cut off the student's graph: their backward ends at copies of what they take, and the
     gradient found there enters the student's own backward. The sum is the same gradient, and each part has its own
-    time. ``alone`` is a step of the student without distillation, on the same pictures. Parameters, gradients and
-    running statistics are left as they were.
+    time. ``alone`` is a step of the student without distillation, on the same pictures. ``separate`` is "losses" with
+    one call per loss instead of the objective that reads the features once, on what the student gave. Parameters,
+    gradients and running statistics are left as they were.
     """
     before = {name: value.clone() for name, value in student.state_dict().items()}
-    times: dict[str, list[float]] = {part: [] for part in (*PARTS, "alone")}
+    times: dict[str, list[float]] = {part: [] for part in (*PARTS, "separate", "alone")}
     clock = _clock(device)
     teacher = _TimedTeacher(recipe.teacher.detector, clock)
     student.train()
@@ -81,11 +84,25 @@ def _step(
     levels = dict(zip(features, copies[:-2], strict=True))
     cut = rows._replace(student_logits=copies[-2], student_deltas=copies[-1])
     before_losses = clock()
-    sum(recipe.compare(levels, wanted, cut, targets).values()).backward()
+    recipe.objective(**recipe.inputs(levels, wanted, cut, targets)).total.backward()
     after_losses = clock()
     torch.autograd.backward([own, *outputs], [None, *(copy.grad for copy in copies)])
     whole, losses = clock() - begin, after_losses - before_losses
-    return {"teacher": teacher.seconds, "student": whole - losses - teacher.seconds, "losses": losses}
+    apart = [kd.DetectionDistillationLoss(**{name: terms}) for name, terms in recipe.objective.configured.items()]
+    found = [(parameter, parameter.grad) for parameter in recipe.parameters()]
+    recipe.zero_grad(set_to_none=True)
+    before_separate = clock()
+    inputs = recipe.inputs(levels, wanted, cut, targets)
+    sum(term(**inputs).total for term in apart).backward()
+    separate = clock() - before_separate
+    for parameter, grad in found:  # a step has one backward of the losses
+        parameter.grad = grad
+    return {
+        "teacher": teacher.seconds,
+        "student": whole - losses - teacher.seconds,
+        "losses": losses,
+        "separate": separate,
+    }
 
 
 def _clock(device: torch.device) -> Callable[[], float]:

@@ -210,22 +210,26 @@ class Job:
 
 def _alone(detector: Any) -> Any:
     """The objective of a detector alone: its own losses."""
+    from .loop import Losses
 
-    def objective(images: Tensor, targets: list[dict]) -> dict[str, Tensor]:
+    def objective(images: Tensor, targets: list[dict]) -> Losses:
         losses = detector.losses(detector.features(images), targets)
-        return {f"task/{name}": value for name, value in losses.items()}
+        return Losses({f"task/{name}": value for name, value in losses.items()})
 
     return objective
 
 
 def _distilled(student: Any, recipe: Any) -> Any:
     """The objective of a distilled student: its own losses and the recipe's, from features computed once."""
+    from .loop import Losses
 
-    def objective(images: Tensor, targets: list[dict]) -> dict[str, Tensor]:
+    def objective(images: Tensor, targets: list[dict]) -> Losses:
         features = student.features(images)
         losses = {f"task/{name}": value for name, value in student.losses(features, targets).items()}
         extra = recipe(student, features, images, targets)
-        return {**losses, **{f"distill/{name}": value for name, value in extra.items()}}
+        return Losses(
+            {**losses, "distill": extra.total}, {f"distill/{name}": value for name, value in extra.terms.items()}
+        )
 
     return objective
 
