@@ -296,7 +296,7 @@ def _info_cpu() -> tuple[str, str]:
         return "none", f"{_forced} is forced"
     able, why = native.prospects("cpu")
     if native.status("cpu").state == "loaded":
-        why += f", {native.cpu_capability()}; float32, bfloat16, float16, float64"
+        why += f", {native.cpu_capability()}; float32, bfloat16 (in one pass), float16, float64"
     return ("cpu" if able else "reference"), why
 
 
