@@ -34,6 +34,11 @@ _TRITON_ODD = {
     r"\w+\.\w*tile(_gradient)? (81|1999).*": "short rows of odd width: values one by one, by neighbouring threads",
 }
 NARROW_LOADS |= _TRITON_ODD
+# What one compiler does with code that no other spills; known, and slower than it should be, but right.
+SPILLS = {
+    r"binary_kl\.binary_kl_tile 1999 sm_100": "Triton's ptxas for Blackwell spills where those for 8.0 to 12.0 use 96 to 142",
+    r"masked_mse\._backward 25x41 sm_100": "the same ptxas stops at 48 registers and spills 16 bytes; others take 56",
+}
 NARROW_STORES = {
     **_TRITON_ODD,
     r"bounded_regression\.bounded_tile_gradient .*": "a row is four values: 8 bytes of a 16-bit dtype",
@@ -114,9 +119,10 @@ def failures(kernel: Kernel, ranges: Ranges) -> list[str]:
     """The gates that the kernel fails; empty: it passes."""
     counts = kernel.counts
     found = []
-    if kernel.spill_bytes:
+    spills = excuse(kernel, SPILLS)
+    if kernel.spill_bytes and not spills:
         found.append(f"{kernel.spill_bytes} bytes of spills")
-    if kernel.local_bytes or counts.local_bytes:
+    if (kernel.local_bytes or counts.local_bytes) and not spills:
         found.append(f"local memory ({kernel.local_bytes} bytes, {counts.local_bytes} moved)")
     if counts.float64 and not excuse(kernel, FLOAT64):
         found.append(f"{counts.float64} float64 instructions")
