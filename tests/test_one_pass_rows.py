@@ -215,7 +215,8 @@ def test_wide_rows_of_several_blocks(rows, capability, loss, backend):
     try:
         for width in (16384, 50257):
             s, t = torch.randn(rows, width) * 3, torch.randn(rows, width) * 3
-            s[0] = t[0] + 1e-3 * torch.randn(width)
+            if rows > 1:  # alone it would be judged by its own size, which is that of its roundings
+                s[0] = t[0] + 1e-3 * torch.randn(width)
             inputs = [torch.arange(rows) == 1] if loss == "decoupled_kl" else []
             check_same(loss, [s, t, *inputs], {}, width)
     finally:

@@ -89,8 +89,6 @@ rows_in_place(const RowPlan plan, const Loss loss, const RowView student, const 
   const int rank = int(block_index() % blocks), thread = thread_index();
   const Share share =
       plan.block ? Share{rank * row_threads + thread, row_threads * blocks} : Share{thread % plan.lanes, plan.lanes};
-  // A second read: by each of a row's blocks, where they have no cluster to add up its sums.
-  const Share again = Loss::one_pass && pass == Pass::rest ? Share{thread, row_threads} : share;
   const typename Loss::Context context = loss.context();
   float totals[Loss::parts] = {};
   KD_NO_UNROLL for (int turn = 0; turn < plan.turns; ++turn) {
@@ -118,6 +116,8 @@ rows_in_place(const RowPlan plan, const Loss loss, const RowView student, const 
       if (thread == 0) Exchange::put(sums, results.parts + (r * plan.parts + rank) * exchange_floats);
       continue;
     }
+    // A second read: by each of a row's blocks, where they have no cluster to add up its sums.
+    const Share again = Loss::one_pass && pass == Pass::rest ? Share{thread, row_threads} : share;
     add_to_part(loss, row, finish_row<true>(plan, loss, row, r, inside, sums, sides, again, exchange, results), totals);
     if constexpr (Loss::one_pass) {
       if (!inside) continue;

@@ -60,10 +60,6 @@ struct SoftSecond {
   }
 };
 
-struct SoftContext {
-  float factor, mix;
-};
-
 struct SoftRow {
   float scale, mix;
   int label;  // -1: none, or out of range
@@ -79,8 +75,9 @@ KD_DEVICE int label_of(const int64_t* target, int64_t r, int columns) {
   return label >= 0 && label < columns ? int(label) : -1;
 }
 
+// own and others: the soft part's factors of either side's exponentials.
 struct SoftGradientRow {
-  float from_s, mass, from_t, inverse, soft, hard, hard_scale;
+  float from_s, own, from_t, others, hard, hard_scale;
   int label;
   bool live;
 };
@@ -88,19 +85,22 @@ struct SoftGradientRow {
 // `weight`: the class's.
 KD_DEVICE float soft_gradient(const SoftGradientRow& row, float s, float t, int column, float weight, float k) {
   if (!row.live) return 0;  // ignored, or an all -inf side
-  const float ds = s - row.from_s, mine = exp2_nonpositive(ds * k) * row.mass;
-  float g = row.soft * (mine - weight * (exp2_nonpositive((t - row.from_t) * k) * row.inverse));
+  const float ds = s - row.from_s;
+  float g = exp2_nonpositive(ds * k) * row.own - weight * (exp2_nonpositive((t - row.from_t) * k) * row.others);
   if (row.label >= 0) g += exp2_nonpositive(ds * float(log2_e)) * row.hard_scale;
   return column == row.label ? g - row.hard : g;
 }
 
 // From what finish() keeps.
 KD_DEVICE SoftGradientRow soft_gradient_row(const float* kept, float upstream, int label) {
-  const float h = upstream * kept[hard];
-  return {kept[shift_s],          kept[mass_s],
-          kept[shift_t],          kept[inverse_t],
-          upstream * kept[soft],  h,
-          h * kept[inverse_hard], kept[hard] != 0 ? label : -1,
+  const float h = upstream * kept[hard], c = upstream * kept[soft];
+  return {kept[shift_s],
+          c * kept[mass_s],
+          kept[shift_t],
+          c * kept[inverse_t],
+          h,
+          h * kept[inverse_hard],
+          kept[hard] != 0 ? label : -1,
           kept[alive] != 0};
 }
 
@@ -109,7 +109,7 @@ struct SoftLoss {
   static constexpr bool one_pass = with_gradient;
   static constexpr int parts = 1;
   using GradientRow = SoftGradientRow;
-  using Context = SoftContext;
+  using Context = float;
   using Row = SoftRow;
   using Sums = SoftSums;
   using Look = SoftLook;
@@ -130,18 +130,17 @@ struct SoftLoss {
   const float* weight;
   float* statistics;
 
-  KD_DEVICE SoftContext context() const {
-    SoftContext context{factor.get(), scalar_value(hard_weight)};
+  KD_DEVICE float context() const {
+    float whole = factor.get();
     if (counts) {
       const float counted = counted_rows(counts, counters);
-      context.factor = counted <= 0 ? 0.0f : 1.0f / (counted * classes);
+      whole = counted <= 0 ? 0.0f : 1.0f / (counted * classes);
     }
-    context.factor *= scalar_value(loss_weight);
-    return context;
+    return scalar_value(loss_weight) * whole;
   }
 
-  KD_DEVICE SoftRow row(const SoftContext& context, int64_t r) const {
-    SoftRow row{weight ? context.factor * weight[r] : context.factor, context.mix, label_of(target, r, columns), true,
+  KD_DEVICE SoftRow row(float whole, int64_t r) const {
+    SoftRow row{weight ? whole * weight[r] : whole, scalar_value(hard_weight), label_of(target, r, columns), true,
                 false};
     row.valid = !target || row.label >= 0;
     row.skip = target && target[r] == ignore_index;
@@ -152,7 +151,7 @@ struct SoftLoss {
   KD_DEVICE SoftSums start(const SoftRow&) const { return {SoftCrossEntropyState<float>(), k}; }
 
   KD_DEVICE float weight_of(int column) const {
-    return !class_weight ? 1.0f : column >= 0 && column < columns ? class_weight[column] : 0.0f;
+    return !class_weight ? 1.0f : column < columns ? class_weight[column] : 0.0f;
   }
 
   template <int n>
@@ -217,7 +216,7 @@ struct SoftLoss {
     return soft_gradient_row(kept, 1, row.label);
   }
   KD_DEVICE float gradient(const SoftGradientRow& row, float s, float t, int column) const {
-    return soft_gradient(row, s, t, column, weight_of(column), k);
+    return soft_gradient(row, s, t, column, column < 0 ? 0.0f : weight_of(column), k);
   }
 
   template <class Sides>
