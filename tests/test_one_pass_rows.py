@@ -160,7 +160,7 @@ def test_hard_rows(width, loss, backend):
 @every_engine
 @pytest.mark.parametrize("width", [3, 81, 2100])
 @pytest.mark.parametrize("hard", [0.0, 0.4, 1.0])
-def test_labels(hard, width, backend):
+def test_labels_of_soft_cross_entropy(hard, width, backend):
     """Ignored rows have no gradient, whatever their logits; a label out of range makes its row NaN."""
     s, t = torch.randn(8, width) * 3, torch.randn(8, width) * 3
     target = torch.tensor([0, width - 1, -100, 1, -100, 2, 0, 1])

@@ -61,7 +61,7 @@ struct SoftSecond {
 };
 
 struct SoftRow {
-  float scale, mix;
+  float scale;
   int label;  // -1: none, or out of range
   bool valid, skip;
 };
@@ -140,8 +140,7 @@ struct SoftLoss {
   }
 
   KD_DEVICE SoftRow row(float whole, int64_t r) const {
-    SoftRow row{weight ? whole * weight[r] : whole, scalar_value(hard_weight), label_of(target, r, columns), true,
-                false};
+    SoftRow row{weight ? whole * weight[r] : whole, label_of(target, r, columns), true, false};
     row.valid = !target || row.label >= 0;
     row.skip = target && target[r] == ignore_index;
     return row;
@@ -198,6 +197,7 @@ struct SoftLoss {
   }
 
   KD_DEVICE void keep(const SoftRow& row, const SoftSums& sums, float* kept) const {
+    const float mix = scalar_value(hard_weight);
     const SoftCrossEntropyState<float>& state = sums.state;
     const bool live = !row.skip && !state.empty();
     const float inverse_sum = 1.0f / state.teacher.sum;
@@ -206,8 +206,8 @@ struct SoftLoss {
     kept[shift_t] = live ? state.teacher.shift() : 0.0f;
     kept[inverse_t] = live ? inverse_sum : 0.0f;
     kept[inverse_hard] = live ? 1.0f / state.hard_sum : 0.0f;
-    kept[soft] = !live ? 0.0f : row.valid ? row.scale * (1 - row.mix) * inverse : NAN;
-    kept[hard] = live && target ? row.scale * row.mix : 0.0f;
+    kept[soft] = !live ? 0.0f : row.valid ? row.scale * (1 - mix) * inverse : NAN;
+    kept[hard] = live && target ? row.scale * mix : 0.0f;
     kept[alive] = live ? 1.0f : 0.0f;
   }
   KD_DEVICE SoftGradientRow gradient_row(const SoftRow& row, int64_t, const SoftSums& sums) const {
@@ -225,14 +225,15 @@ struct SoftLoss {
     const SoftCrossEntropyState<float>& state = sums.state;
     if (!one_pass) keep(row, sums, statistics + r * statistics_per_row);
     if (row.skip || state.empty()) return 0;
+    const float mix = scalar_value(hard_weight);
     const float inverse_sum = 1.0f / state.teacher.sum, mass = state.weighted * inverse_sum;
     float soft_part = state.soft(inverse);
     if (look.again) {
       soft_part = (mass == 0 ? 0.0f : mass * logf(state.student.sum)) - second.half_dot * (2 * inverse);
     }
     // A factor of 0 silences an infinite part, as in the formula, but never NaN.
-    float value = row.mix == 1 ? (soft_part == soft_part ? 0.0f : soft_part) : (1 - row.mix) * soft_part;
-    if (row.label >= 0 && row.mix != 0) value += row.mix * state.hard(to_float(sides.s[row.label * sides.step_s]));
+    float value = mix == 1 ? (soft_part == soft_part ? 0.0f : soft_part) : (1 - mix) * soft_part;
+    if (row.label >= 0 && mix != 0) value += mix * state.hard(to_float(sides.s[row.label * sides.step_s]));
     return row.valid ? row.scale * value : NAN;
   }
 };

@@ -85,8 +85,9 @@ def first_failure(mutant: Mutant, library: Path) -> str | None:
         "tests/test_golden.py",
         "tests/test_hard_inputs.py",
         "tests/test_emulator.py",
+        "tests/test_one_pass_rows.py",
     ]
-    chosen = f"cuda and not sanitizers and ({mutant.loss} or not test_emulator)"
+    chosen = f"cuda and not sanitizers and ({mutant.loss} or not (test_emulator or test_one_pass_rows))"
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", *files, "-k", chosen]
     environment = {**os.environ, "KDKERNELS_EMULATOR_LIBRARY": str(library), "OMP_NUM_THREADS": "1"}
     try:
