@@ -55,37 +55,61 @@ def _skip_float64(loss, student, teacher, **options):
 _backend_for = ops.backend_for
 
 
-@pytest.fixture(params=["base", "avx2", "avx512", "reference", *GPU_KERNELS])
+_real_has_kernel = ops.has_kernel
+
+
+def _has_kernel(op, backend):
+    return emulator_library.has_kernel(op) if backend == "cuda" else _real_has_kernel(op, backend)
+
+
+# Forward and backward as CUDA kernels of their own, for dtypes that would take the one-pass form.
+TWO_PASSES = "cuda-two-passes"
+
+
+def pytest_collection_modifyitems(config, items):
+    """Both forms of CUDA's kernels are for each loss's own tests; elsewhere its calls take what they take."""
+    own = {f"test_{loss}.py" for loss in ops.LOSSES}
+    kept, unwanted = [], []
+    for item in items:
+        backend = getattr(item, "callspec", None) and item.callspec.params.get("backend")
+        (unwanted if backend == TWO_PASSES and item.path.name not in own else kept).append(item)
+    config.hook.pytest_deselected(items=unwanted)
+    items[:] = kept
+
+
+@pytest.fixture(params=["base", "avx2", "avx512", "reference", "cuda", TWO_PASSES, "triton"])
 def backend(request, monkeypatch):
     """Every implementation: the CPU's kernels at each instruction set, the formula, and the GPU's kernels. Those run on
     the GPU where there is one, else CUDA's in the emulator and Triton's in its interpreter.
     """
+    name = "cuda" if request.param == TWO_PASSES else request.param
     if request.param == "reference":
         with kd.use_backend("reference"):
             yield request.param
         return
-    if request.param in GPU_KERNELS:
-        if request.param == "triton":
+    if request.param in ("base", TWO_PASSES):  # where all dtypes take two passes; elsewhere those that cannot take one
+        monkeypatch.setattr(one_pass, "_DTYPES", ())
+    if name in GPU_KERNELS:
+        if name == "triton":
             pytest.importorskip("triton")
         if torch.cuda.is_available():
-            assert request.param == "triton" or native.load("cuda"), native.status("cuda").reason
+            assert name == "triton" or native.load("cuda"), native.status("cuda").reason
             for served in ops.OPS.values():
-                monkeypatch.setitem(served, request.param, on_gpu.remote(served[request.param]))
-        elif request.param == "cuda":
+                monkeypatch.setitem(served, name, on_gpu.remote(served[name]))
+        elif name == "cuda":
             emulator_library.load()
-            for name, served in ops.OPS.items():
-                monkeypatch.setitem(served, "cuda", emulator_library.op(name))
+            for op, served in ops.OPS.items():
+                monkeypatch.setitem(served, "cuda", emulator_library.op(op))
+            monkeypatch.setattr(ops, "has_kernel", _has_kernel)
         monkeypatch.setattr(ops, "_obstacle", lambda backend: None)
-        monkeypatch.setitem(ops.DEVICES, request.param, "cpu")
-        monkeypatch.setattr(ops, "_order", lambda loss, student: (request.param,))
+        monkeypatch.setitem(ops.DEVICES, name, "cpu")
+        monkeypatch.setattr(ops, "_order", lambda loss, student: (name,))
         monkeypatch.setattr(ops, "backend_for", _skip_float64)
-        with kd.use_backend(request.param):
-            yield request.param
+        with kd.use_backend(name):
+            yield name
         return
     assert native.load("cpu"), f"the CPU kernels could not be had: {native.status('cpu').reason}"
     if native.set_cpu_capability(request.param) != request.param:
         pytest.skip(f"this CPU has no {request.param}")
-    if request.param == "base":  # where all dtypes take two passes; elsewhere those that cannot take one
-        monkeypatch.setattr(one_pass, "_DTYPES", ())
     with kd.use_backend("cpu"):
         yield request.param

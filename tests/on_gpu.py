@@ -25,16 +25,32 @@ def to_gpu(x: Any) -> Any:
 
 def to_cpu(x: Any) -> Any:
     """Results, with the strides that the op gave them."""
+    if x is None:
+        return None
     if isinstance(x, (list, tuple)):
         return type(x)(to_cpu(v) for v in x)
     out = torch.empty_strided(x.size(), x.stride(), dtype=x.dtype)
     return out.copy_(x)
 
 
+def copy_back(x: Any, changed: Any) -> None:
+    """What an op changed in place on the GPU, into the tensors that it stood for."""
+    if isinstance(x, (list, tuple)):
+        for one, other in zip(x, changed, strict=True):
+            copy_back(one, other)
+    else:
+        x.detach().copy_(changed)
+
+
 def remote(op: Callable[..., Any]) -> Callable[..., Any]:
-    """`op` of the GPU, for tensors of the CPU."""
+    """`op` of the GPU, for tensors of the CPU. What its schema says that it changes is changed."""
+    written = [i for i, x in enumerate(op._schema.arguments) if x.alias_info and x.alias_info.is_write]
 
     def call(*arguments: Any) -> Any:
-        return to_cpu(op(*(to_gpu(x) for x in arguments)))
+        there = [to_gpu(x) for x in arguments]
+        results = op(*there)
+        for i in written:
+            copy_back(arguments[i], there[i])
+        return to_cpu(results)
 
     return call

@@ -48,7 +48,7 @@ def test_a_pyramid_of_planes_is_three_launches(capability, dtype, batch, feature
         else:
             assert 3 < p["transfers"] < 5 and p["bytes_on_chip"] < 1.01 * bytes_of_channel
             again = 1 - p["bytes_on_chip"] / bytes_of_channel
-            assert p["transfers"] == pytest.approx(3 + 2 * again, abs=0.06)  # lines have a vector to spare
+            assert p["transfers"] == pytest.approx(3 + 2 * again, abs=0.1)  # lines have a vector to spare
             assert p["blocks_per_channel"] == (8 if capability >= 90 else 1)
     if batch <= 4:
         assert plans[-1]["transfers"] == 3 and plans[-1]["channels_per_block"] > 1
