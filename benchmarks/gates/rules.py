@@ -36,7 +36,7 @@ _TRITON_ODD = {
 NARROW_LOADS |= _TRITON_ODD
 # What one compiler does with code that no other spills; known, and slower than it should be, but right.
 SPILLS = {
-    r"binary_kl\.binary_kl_tile 1999 sm_100": "Triton's ptxas for Blackwell spills where those for 8.0 to 12.0 use 96 to 142",
+    r"binary_kl\.binary_kl_tile 1999 sm_100": "Triton's ptxas for Blackwell spills; elsewhere it takes 96 to 142",
     r"masked_mse\._backward 25x41 sm_100": "the same ptxas stops at 48 registers and spills 16 bytes; others take 56",
 }
 NARROW_STORES = {
