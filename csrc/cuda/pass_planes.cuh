@@ -106,9 +106,9 @@ KD_DEVICE void for_slice(const PlaneTeam& team, const PlanesSegment& segment, co
         load_packed(s[b], at.s, segment.student.stride[3], p[b], at.wide_s);
         load_packed(t[b], at.t, segment.teacher.stride[3], p[b], at.wide_t);
       }
+      g[b] = at.g;
+      wide[b] = at.wide_g;
       if (gradient) {
-        g[b] = at.g;
-        wide[b] = at.wide_g;
         const int64_t pixel = (int64_t(at.picture) * segment.rows + at.row) * segment.length - at.ahead;
         if (segment.region.mask) m[b] = load_mask(segment.region.mask + pixel, p[b]);
       }
