@@ -16,6 +16,8 @@ FLOAT64 = {
     r".*finish.*": "one block adds up the partial results of a whole launch, in float64 on purpose",
     r"bounded_regression\.bounded_regression_batch_gate": "one block compares two means over all rows, in float64",
     r"pearson\.(pearson)?_total": "one block adds up the totals that the finishing kernel left",
+    r"detection_distillation\.feature_planes": "one thread makes statistics of a channel's moments, once",
+    r"detection_distillation\.feature_(tiles|pixels)": "one warp of a block finds the scales of masked MSE's regions",
 }
 CONVERSIONS = {
     r"bounded_regression\.bounded_regression_(rows|errors)": "a float64 target is rounded as it is read",

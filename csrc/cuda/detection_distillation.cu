@@ -265,7 +265,7 @@ class Pass {
       }
       const Launch how{table.blocks, plan::statistics_threads,
                        int(sizeof(float)) * pass_parts * (plan::statistics_threads / warp_size), stream_};
-      error = launch(feature_statistics, how, table, results_at_, options_, statistics_at_, parts_of(table, 1));
+      error = launch(feature_statistics_finish, how, table, results_at_, options_, statistics_at_, parts_of(table, 1));
     }
     if (error) return error;
     return for_each_table<PixelsSegment>(

@@ -26,8 +26,8 @@ using StatisticsTable = SegmentTable<StatisticsSegment>;
 
 // A few threads have a channel, each of them every so many of its chunks.
 KD_GLOBAL(plan::statistics_threads, 1)
-feature_statistics(const StatisticsTable table, const float* results, const PassOptions options, float* statistics,
-                   float* parts) {
+feature_statistics_finish(const StatisticsTable table, const float* results, const PassOptions options,
+                          float* statistics, float* parts) {
   constexpr int lanes = plan::statistics_lanes;
   const StatisticsSegment& segment = find_segment(table);
   const int64_t channel = (block_index() - segment.first_block) * plan::statistics_channels + thread_index() / lanes;

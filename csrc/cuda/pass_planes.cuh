@@ -128,7 +128,7 @@ KD_DEVICE void for_slice(const PlaneTeam& team, const PlanesSegment& segment, co
 template <class S, class T>
 KD_DEVICE float find_statistics(const PlaneTeam& team, const PlanesSegment& segment, const Slice<S, T>& slice,
                                 const SliceScratch& scratch, const PassOptions& options) {
-  constexpr int batch = sizeof(T) == 2 ? 4 : 2;
+  constexpr int batch = read_ahead * (sizeof(T) == 2 ? 2 : 1);
   Base base = sampled_base<S, T>(team);
   PairSums sums;
   float count;

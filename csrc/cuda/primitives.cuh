@@ -32,6 +32,14 @@ KD_NAMESPACE_BEGIN
 
 constexpr int warp_size = 32;
 
+// How deep a loop that is short of registers may read ahead. Where memory is GDDR less is in flight, and that
+// architecture's compiler spills the other half.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int read_ahead = 1;
+#else
+constexpr int read_ahead = 2;
+#endif
+
 // Threads and blocks, in one dimension.
 
 #if defined(__CUDACC__)
