@@ -204,6 +204,14 @@ def test_channels_of_clusters_and_second_reads(case, emulator):
 
 
 @NO_GPU
+def test_channels_of_two_and_of_eight_blocks_in_one_launch(emulator):
+    """A cluster has four channels of the second level, and each block adds up the parts of its own."""
+    pyramid = Pyramid([(4, 1, 150, 161), (1, 6, 150, 160)])
+    assert launches(emulator, pyramid.run) == 3
+    pyramid.check()
+
+
+@NO_GPU
 @pytest.mark.parametrize("terms", TERMS)
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 def test_the_order_of_threads_changes_nothing(terms, layout, emulator):
