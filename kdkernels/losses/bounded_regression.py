@@ -180,10 +180,11 @@ def weighted(
         )
 
     if rows_take_one_pass(one_pass, "bounded_regression", backend, student, reduction):
-        # The forward leaves the derivative, with both weights in it: the loss weight may enter with them.
-        check_scalar("loss_weight", loss_weight, student)
-        bw, bw_tensor = check_scalar("bound_weight", bound_weight * loss_weight, student)
-        sw, sw_tensor = check_scalar("smooth_l1_weight", smooth_l1_weight * loss_weight, student)
+        # The forward leaves the derivative, with both weights in it: a number enters with them, a tensor behind it.
+        number, tensor = check_scalar("loss_weight", loss_weight, student)
+        if tensor is None:
+            bw, bw_tensor = check_scalar("bound_weight", bound_weight * number, student)
+            sw, sw_tensor = check_scalar("smooth_l1_weight", smooth_l1_weight * number, student)
 
         def run():
             loss, derivative = _forward[backend](
@@ -202,8 +203,9 @@ def weighted(
                 avg,
                 avg_tensor,
             )
-            upstream = student.new_ones((), dtype=loss.dtype)
-            return loss, _backward[backend](upstream, student, derivative, False), {}
+            upstream = student.new_ones((), dtype=loss.dtype) if tensor is None else tensor
+            grad = _backward[backend](upstream, student, derivative, False)
+            return (loss if tensor is None else loss * tensor), grad, {}
 
         return row_plan(backend, student, teacher, run, by_formula, loss_weight)
     if backend == "reference":
