@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from losses import FEATURES, LOSSES, ROWS, VARIANTS, Inputs, loss_and_gradients
+from losses import FEATURES, LOSSES, ROWS, VARIANTS, Inputs, in_form, loss_and_gradients
 from numerics import error
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -53,7 +53,7 @@ class KeepOps:
 
 def assert_compiles(name: str, variant: str, keep: bool = True, **options) -> None:
     inputs = LOSSES[name].inputs(variant=variant)
-    loss, grads = loss_and_gradients(inputs, 0.75)
+    loss, grads = loss_and_gradients(in_form(inputs, False), 0.75)  # as compiled graphs do
     keeper = KeepOps()
     got, got_grads = loss_and_gradients(compiled(inputs, keeper.backend if keep else "inductor", **options), 0.75)
     if keep:
