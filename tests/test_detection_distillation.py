@@ -558,6 +558,17 @@ def test_compiled(dynamic):
         assert error(a, b) <= 8 * EPS
 
 
+def test_a_level_of_neither_term_has_a_gradient_of_zero(backend):
+    if backend in ("triton", "reference"):
+        pytest.skip("it has no such op")
+    op = ops.OPS[OP]["cuda" if backend.startswith("cuda") else "cpu"]
+    levels = [torch.randn(1, 2, 3, 4), torch.randn(1, 2, 5, 4)]
+    rest = (1.0, None, 1.0, None, 0, True, 1e-6, False, True, 1.0, None, 1.0, None, False)
+    _, values, grads = op(levels, [-x for x in levels], [torch.ones(1, 3, 4)], [0, -1], [], [0, 1], *rest)
+    assert grads[0].any() and not grads[1].any()
+    assert not values[1].any()
+
+
 def test_the_op_tells_of_wrong_arguments():
     op = ops.OPS[OP]["cpu"]
     s, mask = torch.randn(1, 2, 3, 4), torch.ones(1, 3, 4)

@@ -205,6 +205,8 @@ void detection_distillation_features(const FeatureLevel* levels, const bool* pea
       part = run_level<true, false>(level, factors, share, options, threads);
     } else if (pearson[i]) {
       part = run_level<false, true>(level, factors, share, options, threads);
+    } else if (level.grad.data) {  // of neither term: a gradient of 0
+      part = run_level<false, false>(level, factors, share, options, threads);
     }
     part.foreground *= scales.foreground;
     part.background *= scales.background;
