@@ -10,7 +10,8 @@ import time
 
 import pytest
 import torch
-from losses import FEATURES, LOSSES, ROWS, Inputs
+from losses import FEATURES, LOSSES, ROWS, Inputs, in_form
+from objective_cases import TERMS, inputs_of, with_leaves
 from torch import Tensor
 
 import kdkernels as kd
@@ -194,35 +195,39 @@ def _peak(function) -> int:
 
 
 @pytest.mark.parametrize("name", FEATURES)
-def test_no_copy_of_a_feature_map(name):
-    """Forward: small change. Backward: the gradient, and small change."""
+@pytest.mark.parametrize("one_pass", [True, False])
+def test_no_copy_of_a_feature_map(name, one_pass):
+    """The gradient, in the forward (one pass) or the backward, and small change."""
     shape = (4, 256, 100, 152)
     student = torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     teacher = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
     more = [torch.rand(4, 100, 152, device="cuda")] if name == "masked_mse" else []
     size = student.numel() * student.element_size()
     with kd.use_backend("cuda"):
-        LOSSES[name].function(student, teacher, *more).backward()
+        LOSSES[name].function(student, teacher, *more, one_pass=one_pass).backward()
         student.grad = None
         losses = []
-        assert _peak(lambda: losses.append(LOSSES[name].function(student, teacher, *more))) < size / 50
-        assert _peak(lambda: losses[0].backward()) < size + size / 50
+        forward = _peak(lambda: losses.append(LOSSES[name].function(student, teacher, *more, one_pass=one_pass)))
+        assert forward < (size if one_pass else 0) + size / 50
+        assert _peak(lambda: losses[0].backward()) < (0 if one_pass else size) + size / 50
 
 
 @pytest.mark.parametrize("name", [n for n in ROWS if n != "bounded_regression"])
 @pytest.mark.parametrize("shape", [(100_000, 80), (4096, 1000), (256, 50257)])
-def test_no_copy_of_logits(name, shape):
-    """Forward: at most ten numbers per row and a few megabytes; backward: the gradient."""
+@pytest.mark.parametrize("one_pass", [True, False])
+def test_no_copy_of_logits(name, shape, one_pass):
+    """At most ten numbers per row and a few megabytes; and the gradient, in the forward (one pass) or the backward."""
     student = torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     teacher = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
     more = [torch.arange(shape[0], device="cuda") % 3 == 0] if name == "decoupled_kl" else []
     size = student.numel() * student.element_size()
     with kd.use_backend("cuda"):
-        LOSSES[name].function(student, teacher, *more).backward()
+        LOSSES[name].function(student, teacher, *more, one_pass=one_pass).backward()
         student.grad = None
-        losses = []
-        assert _peak(lambda: losses.append(LOSSES[name].function(student, teacher, *more))) < shape[0] * 40 + 2**22
-        assert _peak(lambda: losses[0].backward()) < size + shape[0] * 40 + 2**22
+        losses, few = [], shape[0] * 40 + 2**22
+        forward = _peak(lambda: losses.append(LOSSES[name].function(student, teacher, *more, one_pass=one_pass)))
+        assert forward < (size if one_pass else 0) + few
+        assert _peak(lambda: losses[0].backward()) < (0 if one_pass else size) + few
 
 
 @ALL
@@ -242,7 +247,7 @@ def test_both_backends_agree_with_the_formula_on_the_gpu(name):
 @pytest.mark.parametrize("name", LOSSES)
 def test_compiled_whole(name):
     """torch.compile with fullgraph, forward and backward, on the GPU."""
-    inputs = on_gpu(LOSSES[name].inputs())
+    inputs = in_form(on_gpu(LOSSES[name].inputs()), False)  # as compiled graphs
     expected, expected_grads = step(inputs)
     torch._dynamo.reset()
     function = torch.compile(lambda *students: inputs(*students), fullgraph=True)
@@ -251,6 +256,38 @@ def test_compiled_whole(name):
     grads = torch.autograd.grad(loss, students, torch.full_like(loss, 0.75))
     assert torch.equal(loss.detach(), expected)
     assert all(torch.equal(a, b) for a, b in zip(grads, expected_grads, strict=True))
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_objective_is_captured_without_a_sync(gpu_backend, dtype):
+    """Every term at once, in a graph that is replayed on new data."""
+    given = torch.utils._pytree.tree_map_only(Tensor, lambda x: x.cuda(), inputs_of(dtype=dtype))
+    objective = kd.DetectionDistillationLoss(**TERMS, gradient_norms=gpu_backend == "cuda")
+
+    def run(called, leaves):
+        result = objective(**called)
+        return result.total, torch.autograd.grad(result.total, leaves, torch.full_like(result.total, 0.75))
+
+    with kd.use_backend(gpu_backend):
+        called, leaves = with_leaves(given)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            run(called, leaves)
+        torch.cuda.current_stream().wait_stream(stream)
+        with no_synchronisation():
+            run(called, leaves)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            total, grads = run(called, leaves)
+        with torch.no_grad():
+            for x in leaves:
+                x.copy_(torch.randn_like(x))
+        graph.replay()
+        expected, wanted = run(called, leaves)
+    assert torch.equal(total, expected)
+    assert all(torch.equal(a, b) for a, b in zip(grads, wanted, strict=True))
 
 
 def test_host_time_is_printed():
