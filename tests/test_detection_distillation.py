@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import emulator_library
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -67,7 +68,7 @@ def test_layouts(backend, dtype, layout):
         assert error(grad, wanted) <= bound(error(peer, wanted), dtype, 1)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.sets(st.sampled_from(sorted(TERMS)), min_size=1),
     st.lists(
@@ -78,7 +79,7 @@ def test_layouts(backend, dtype, layout):
     st.sampled_from(["auto", False]),
     st.integers(0, 99),
 )
-def test_any_subset_shape_and_dtype(names, shapes, rows, dtype, one_pass, seed):
+def test_any_subset_shape_and_dtype(backend, names, shapes, rows, dtype, one_pass, seed):
     terms = {name: {k: v for k, v in TERMS[name].items() if k != "levels"} for name in TERMS if name in names}
     assert_equals_the_sum(terms, inputs_of(shapes, rows, dtype, seed), one_pass=one_pass)
 
@@ -267,3 +268,30 @@ def test_the_op_tells_of_wrong_arguments():
     ):
         with pytest.raises(RuntimeError):
             op(*bad, *rest)
+
+
+# What each part of the forward launches on CUDA; a backward of all is one launch.
+LAUNCHES = {
+    ("masked_mse",): 3,  # the masks' counts, the features, the sums
+    ("pearson",): 2,
+    ("masked_mse", "pearson"): 3,
+    ("decoupled_kl",): 3,  # the rows' counts, the rows, their sum
+    ("bounded_regression",): 3,  # the rows, their sum, the gradient in the student's dtype
+    ("masked_mse", "pearson", "decoupled_kl", "bounded_regression"): 9,
+}
+
+
+@pytest.mark.parametrize("terms", LAUNCHES, ids=lambda x: "+".join(x))
+def test_launches_of_the_objective(backend, terms):
+    """Five levels and two heads, counted where kernels are launched."""
+    if backend != "cuda" or torch.cuda.is_available():
+        pytest.skip("the emulator counts launches")
+    emulator = emulator_library.load()
+    objective = kd.DetectionDistillationLoss(**{name: {} for name in terms})
+    called, leaves = with_leaves(inputs_of([(2, 4, 20 // 2**i + 1, 30 // 2**i + 1) for i in range(5)], 1024))
+    before = emulator.kdkernels_emulator_launches()
+    total = objective(**called).total
+    forward = emulator.kdkernels_emulator_launches() - before
+    torch.autograd.grad(total, leaves, allow_unused=True)
+    backward = emulator.kdkernels_emulator_launches() - before - forward
+    assert (forward, backward) == (LAUNCHES[terms], 1)

@@ -13,6 +13,7 @@ import sys
 import pytest
 import torch
 from losses import FEATURES, LOSSES, ROWS, Inputs, in_form
+from objective_cases import TERMS, inputs_of, with_leaves
 from torch.profiler import ProfilerActivity, profile
 
 import kdkernels as kd
@@ -118,6 +119,23 @@ def test_one_pass_forms_no_gradient_for_frozen_levels(name):
     inputs(*students)
     found = allocated(lambda: inputs(*students))
     assert found <= bytes_of(students[0]) + 4 * VALUES * rows_or_channels(inputs) + CONSTANT
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_objective_allocates_one_gradient_per_input(dtype):
+    """In the forward; its backward allocates nothing."""
+    given, leaves = with_leaves(inputs_of([(2, 16, 40, 50), (2, 16, 20, 25)], 2000, dtype))
+    terms = {name: TERMS[name] for name in ("masked_mse", "decoupled_kl", "bounded_regression")}
+    objective = kd.DetectionDistillationLoss(**terms, pearson={})
+    objective(**given)
+    results = []
+    found = allocated(lambda: results.append(objective(**given)))
+    gradients = sum(map(bytes_of, leaves))
+    boxes = 2000 * 4 * 4  # bounded regression's derivative, in float32
+    weights = 2 * 2000 * 4
+    assert gradients <= found <= gradients + boxes + weights + 4 * VALUES * 2000 + 8 * CONSTANT
+    upstream = torch.full((), 3.0)
+    assert allocated(lambda: torch.autograd.grad(results[0].total, leaves, upstream)) <= CONSTANT
 
 
 @ALL
