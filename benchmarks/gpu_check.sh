@@ -28,7 +28,8 @@ build() {
 grid() {
   "$python" -m pytest -q "${parallel[@]}" -m 'not slow' -k 'cuda or triton' tests/test_golden.py tests/test_hard_inputs.py \
     tests/test_masked_mse.py tests/test_pearson.py tests/test_temperature_kl.py tests/test_decoupled_kl.py \
-    tests/test_soft_cross_entropy.py tests/test_binary_kl.py tests/test_bounded_regression.py tests/test_masks*.py
+    tests/test_soft_cross_entropy.py tests/test_binary_kl.py tests/test_bounded_regression.py tests/test_masks*.py tests/test_one_pass_rows.py tests/test_one_pass_cuda.py \
+    tests/test_detection_distillation.py
 }
 gpu() { "$python" -m pytest -q -s tests/test_gpu.py; }
 sanitize() {

@@ -9,6 +9,10 @@ from __future__ import annotations
 import os
 
 import pytest
+
+if os.environ.get("PYTEST_XDIST_WORKER"):
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch; the workers are the threads
+
 import torch
 
 if not torch.cuda.is_available():
