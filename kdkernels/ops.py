@@ -268,10 +268,20 @@ def run_formula(formula: Callable[..., torch.Tensor], *inputs: Any, **keywords: 
     return formula(*map(ordinary, inputs), **{name: ordinary(x) for name, x in keywords.items()})
 
 
+def apart(inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The same values, each a node of its own that no other depends on."""
+    with torch.enable_grad():
+        return [x.view_as(x) if x.requires_grad else x for x in inputs]
+
+
 def gradients_of_formula(
     formula: Callable[[], torch.Tensor], inputs: Sequence[torch.Tensor], grad_output: torch.Tensor
 ) -> tuple[torch.Tensor | None, ...]:
-    """The gradient as a differentiable function of the inputs: what backward returns under create_graph=True."""
+    """The gradient as a differentiable function of the inputs: what backward returns under create_graph=True.
+
+    Where there are several inputs, the formula must be of `apart(inputs)`: else a path from one input to another, of
+    which autograd takes care itself, would count twice.
+    """
     with torch.enable_grad():
         value = formula()
     return torch.autograd.grad(value, inputs, grad_output, create_graph=True, allow_unused=True)

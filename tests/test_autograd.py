@@ -350,10 +350,10 @@ def test_the_tensors_of_a_module_follow_it(name):
 
 @ALL
 def test_a_module_in_half_precision_gives_the_same_kind_of_loss(name):
-    """`model.half()` casts the buffers along: weights are read as float32 whatever they became."""
+    """`model.half()` leaves weights as precise as they were: an avg_factor of 1e5 would become infinite."""
     inputs = LOSSES[name].inputs(variant="tensors")
     module = module_of(name, inputs, torch.tensor(0.5)).to(torch.bfloat16)
-    assert all(b.dtype == torch.bfloat16 for b in module.buffers())
+    assert all(b.dtype == torch.float32 for b in module.buffers() if b.is_floating_point())
     value = call(module, inputs, *inputs.leaves())
     assert value.dtype == torch.float32 and value.isfinite()
 

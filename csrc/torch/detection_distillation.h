@@ -33,7 +33,8 @@ FeaturePass feature_pass(const std::vector<Tensor>& student, const std::vector<T
     put_mask(pass.levels[i], mask[mask_of[i]], false);
     static const float nothing = 0;
     // An empty mask may have no memory, but its level counts among those of a mean.
-    if (pass.levels[i].mask == nullptr) pass.levels[i].mask = &nothing;
+    if (mask[mask_of[i]].numel() == 0) pass.levels[i].mask = &nothing;
+    STD_TORCH_CHECK(pass.levels[i].mask != nullptr, "mask: a tensor without memory");
   }
   pass.pearson = std::make_unique<bool[]>(count);
   for (const int64_t i : pearson) {

@@ -129,6 +129,16 @@ def check_scalar(name: str, x: Scalar | None, student: Tensor) -> tuple[float, T
     return float(x), None
 
 
+def check_loss_weight(name: str, x: Any) -> Any:
+    """What multiplies a loss: a number, or a 0-d real tensor."""
+    if isinstance(x, Tensor):
+        if x.dim() != 0 or x.dtype not in _FLOATS:
+            raise ValueError(f"{name}: expected a number or a 0-d float tensor, got shape {_shape(x)}, {x.dtype}")
+    elif isinstance(x, bool) or not isinstance(x, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name}: expected a number or a 0-d tensor, got {type(x).__name__}")
+    return x
+
+
 def check_positive(name: str, x: float) -> float:
     """A finite number above 0."""
     if isinstance(x, (bool, Tensor)) or not isinstance(x, (int, float, torch.SymFloat, torch.SymInt)):

@@ -144,7 +144,7 @@ def weighted(
             )
             return loss, grad, {}
 
-        return row_plan(backend, student, teacher, run, by_formula, loss_weight)
+        return row_plan(backend, student, teacher, run, by_formula, loss_weight, weight, avg_factor)
     if backend == "reference":
         return scaled(by_formula(student, teacher), loss_weight)
     loss = _BinaryKL.apply(

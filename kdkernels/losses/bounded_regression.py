@@ -207,7 +207,19 @@ def weighted(
             grad = _backward[backend](upstream, student, derivative, False)
             return (loss if tensor is None else loss * tensor), grad, {}
 
-        return row_plan(backend, student, teacher, run, by_formula, loss_weight)
+        return row_plan(
+            backend,
+            student,
+            teacher,
+            run,
+            by_formula,
+            loss_weight,
+            target,
+            bound_weight,
+            smooth_l1_weight,
+            weight,
+            avg_factor,
+        )
     if backend == "reference":
         return scaled(by_formula(student, teacher), loss_weight)
     loss = _BoundedRegression.apply(

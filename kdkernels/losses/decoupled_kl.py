@@ -169,7 +169,18 @@ def weighted(
             )
             return loss, grad, {"decoupled_kl/foreground": parts[0], "decoupled_kl/background": parts[1]}
 
-        return row_plan(backend, student, teacher, run, by_formula, loss_weight)
+        return row_plan(
+            backend,
+            student,
+            teacher,
+            run,
+            by_formula,
+            loss_weight,
+            foreground,
+            foreground_weight,
+            background_weight,
+            weight,
+        )
     if backend == "reference":
         return scaled(by_formula(student, teacher), loss_weight)
     loss = _DecoupledKL.apply(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from . import sharded
-from .arguments import Features, Scalar
+from .arguments import Features, Scalar, check_loss_weight
 from .objective_parts import FEATURES, TERMS, Part, Told, feature_parts, head_part
 from .one_pass import OnePass, Plan, check_one_pass, joined, value
 
@@ -43,6 +43,7 @@ def _check_term(name: str, given: Any) -> dict[str, Any] | None:
     for key in given:
         if key not in allowed:
             raise TypeError(f"{name}: no keyword {key!r}; expected {', '.join(allowed)}")
+    check_loss_weight(f"{name}.loss_weight", given.get("loss_weight", 1.0))
     if given.get("reduction") == "none":
         raise ValueError(f"{name}: reduction='none' gives one value per row, which cannot be added to a total")
     return dict(given)
@@ -67,7 +68,8 @@ def _total(parts: list[Part], given: Mapping[str, Any]) -> tuple[Tensor, Told]:
             details = part.result.details if isinstance(part.result, Plan) else {}
             weighted = loss if _is_one(part.factor) else part.factor * loss
             total = weighted if total is None else total + weighted
-        found = part.told(loss.detach(), details)
+        # A term that is the total itself gets memory of its own: whoever divides the total leaves it.
+        found = part.told(loss.detach().clone() if loss is total else loss.detach(), details)
         for kept, new in ((told.terms, found.terms), (told.details, found.details)):
             kept |= {name: x if _is_one(part.factor) else (part.factor * x).detach() for name, x in new.items()}
         told.norms |= {
@@ -82,10 +84,10 @@ def _is_one(factor: Any) -> bool:
 
 def _nothing(given: Mapping[str, Any]) -> Tensor:
     """0, in the graph of whatever the student gave: no term was computed."""
-    for name in ("student_logits", "student_deltas", "student_features"):
-        for x in pytree.tree_leaves(given[name]):
-            if isinstance(x, Tensor):
-                return x.reshape(-1)[:0].sum(dtype=torch.promote_types(x.dtype, torch.float32))
+    names = ("student_logits", "student_deltas", "student_features")
+    found = [x for name in names for x in pytree.tree_leaves(given[name]) if isinstance(x, Tensor)]
+    for x in sorted(found, key=lambda x: not x.requires_grad)[:1]:
+        return x.reshape(-1)[:0].sum(dtype=torch.promote_types(x.dtype, torch.float32))
     return torch.zeros(())
 
 
@@ -105,8 +107,9 @@ class DetectionDistillationLoss(nn.Module):
             row weights come with each call.
         bounded_regression: the same for the deltas.
         one_pass: ``"auto"`` (where it can), True (or RuntimeError) or False, as for the single functions.
-        gradient_norms: whether the result also has the squared norm of each feature term's gradient, weighted, before
-            its rounding to the student's dtype and before the upstream gradient.
+        gradient_norms: whether the result also has the squared norm of each feature term's gradient at all of its
+            levels (frozen ones included; at the resized copy where Pearson resizes the student), weighted, before its
+            rounding to the student's dtype and before the upstream gradient.
         process_group: makes every divisor, the regions' counts and Pearson's moments global over the ranks of a
             ``torch.distributed`` process group. Every rank then returns the global loss, and its own gradient times the
             number of ranks, so that DistributedDataParallel's mean equals the joined batch. Two passes.
@@ -160,16 +163,20 @@ class DetectionDistillationLoss(nn.Module):
             raise ValueError(f"no term is configured; expected at least one of {', '.join(TERMS)}")
         if process_group is not None and (one_pass is True or gradient_norms):
             raise ValueError("process_group: global statistics take two passes and give no gradient norms")
+        for name, keywords in self.configured.items():
+            for key, x in keywords.items():
+                if isinstance(x, nn.Parameter):
+                    self.register_parameter(f"{name}_{key}", x)
         self.one_pass = check_one_pass(one_pass)
         self.gradient_norms = gradient_norms
         self.process_group = process_group
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DetectionDistillationLoss:
-        # Weights that are tensors follow the module to its device; they are no parameters and have no state.
+        # Weights that are tensors follow the module to its device, and stay as precise as they are. They have no state.
         for keywords in self.configured.values():
             for key, x in keywords.items():
-                if isinstance(x, Tensor):
-                    keywords[key] = fn(x)
+                if isinstance(x, Tensor) and not isinstance(x, nn.Parameter):
+                    keywords[key] = x.to(fn(x).device)
         return super()._apply(fn, recurse)
 
     def extra_repr(self) -> str:
@@ -212,7 +219,10 @@ class DetectionDistillationLoss(nn.Module):
             "target_deltas": target_deltas,
             "delta_weight": delta_weight,
         }
-        for name in loss_weights or {}:
+        if loss_weights is not None and not isinstance(loss_weights, Mapping):
+            raise TypeError(f"loss_weights: expected a dict of weights by term, got {type(loss_weights).__name__}")
+        for name, weight in (loss_weights or {}).items():
+            check_loss_weight(f"loss_weights[{name!r}]", weight)
             if name not in self.configured:
                 raise ValueError(f"loss_weights: {name!r} is not a configured term, which are {list(self.configured)}")
         active, idle = {}, []

@@ -12,7 +12,7 @@ from .. import ops
 from ..reference.masked_mse import masked_mse_loss
 from ..reference.pearson import pearson_loss
 from .arguments import Scalar, check_scalar, in_arithmetic
-from .one_pass import Plan
+from .one_pass import Plan, scaled
 
 # csrc/arguments.h: FeatureValue, the columns of the op's values. A row per level, and the last for their sum.
 FOREGROUND, BACKGROUND, MASKED_MSE, PEARSON, MASKED_MSE_NORM, PEARSON_NORM, COLUMNS = range(7)
@@ -72,6 +72,7 @@ class PearsonTerm:
     level_reduction: str = "sum"
     on_constant: str = "zero"
     loss_weight: Scalar = 1.0
+    copies: Sequence[Tensor] = ()  # resized or cast: nobody else keeps them
 
     def formula(self, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> Tensor:
         """The unweighted term by the formula."""
@@ -139,6 +140,9 @@ def plan(
         return loss, grads, {"features": values}
 
     def formula(students, teachers):
-        return sum(term.loss_weight * term.formula(students, teachers) for term in terms)
+        return sum(scaled(term.formula(students, teachers), term.loss_weight) for term in terms)
 
-    return Plan(backend, students, teachers, run, formula)
+    operands = [*(masked_mse.masks if masked_mse else ()), *(pearson.copies if pearson else ())]
+    weights = [masked_mse.foreground_weight, masked_mse.background_weight] if masked_mse else []
+    operands += [x for x in [*weights, *(term.loss_weight for term in terms)] if isinstance(x, Tensor)]
+    return Plan(backend, students, teachers, run, formula, operands)

@@ -81,6 +81,7 @@ class _MaskedMSE(torch.autograd.Function):
         wanted = [i for i in range(levels) if ctx.needs_input_grad[8 + i]]
         grads: list[Tensor | None] = [None] * levels
         if torch.is_grad_enabled():  # create_graph=True: the formula's gradient can be differentiated again
+            students = ops.apart(students)
             found = ops.gradients_of_formula(
                 lambda: ops.run_formula(
                     formula,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .arguments import check_loss_weight
 from .one_pass import Plan, foldable, value
 
 
@@ -49,8 +50,19 @@ class LossModule(nn.Module):
             else:
                 setattr(self, name, given)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LossModule:
+        # Weights follow the module to its device, but stay as precise as they are: half a model is not half a weight.
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, x in before.items():
+            moved = self._buffers[name]
+            if x is not None and moved.dtype != x.dtype:
+                self._buffers[name] = x.to(moved.device)
+        return self
+
     def forward(self, student: Any, teacher: Any, *inputs: Any, **keywords: Any) -> Tensor:
         kept = {name: getattr(self, name) for name in self._names}
+        check_loss_weight("loss_weight", self.loss_weight)
         call = functools.partial(type(self).weighted, student, teacher, *inputs, **{**kept, **keywords})
         first = next(iter(pytree.tree_leaves(student)), None)
         if isinstance(first, Tensor) and foldable(self.loss_weight, first):

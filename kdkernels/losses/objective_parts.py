@@ -24,7 +24,7 @@ from . import (
     soft_cross_entropy,
     temperature_kl,
 )
-from .arguments import feature_levels
+from .arguments import check_float, feature_levels
 from .feature_pass import (
     BACKGROUND,
     FOREGROUND,
@@ -138,6 +138,13 @@ def read_levels(term: str, given: Given) -> Levels:
     teachers = feature_levels("teacher_features", teacher, names if isinstance(teacher, Mapping) else None)
     if len(students) != len(teachers):
         raise ValueError(f"student_features has {len(students)} levels, teacher_features has {len(teachers)}")
+    if not students:
+        raise ValueError("student_features: no levels")
+    for side, levels in (("student", students), ("teacher", teachers)):
+        for i, x in enumerate(levels):
+            check_float(f"{side}_features[{i}]", x)
+            if x.dim() != 4:
+                raise ValueError(f"{side}_features[{i}]: expected (N, C, H, W), got shape {tuple(x.shape)}")
     return Levels(names or list(range(len(students))), students, teachers)
 
 
@@ -154,6 +161,8 @@ def read_masks(given: Given, levels: Levels) -> list[Tensor]:
             raise ValueError(f"masks has {len(found)} levels, student_features has {len(levels.students)}")
         return found
     (strides,) = need("masked_mse with boxes", given, "strides")
+    if not isinstance(strides, (list, tuple)):
+        raise TypeError(f"strides: expected a list with one entry per level, got {type(strides).__name__}")
     if len(strides) != len(levels.students):
         raise ValueError(f"strides has {len(strides)} levels, student_features has {len(levels.students)}")
     sizes = [(int(s.shape[2]), int(s.shape[3])) for s in levels.students]
@@ -164,6 +173,8 @@ def pick(term: str, wanted: Sequence[Any] | None, names: list[Any]) -> list[int]
     """The places of the levels that a term takes: all, or by name or place."""
     if wanted is None:
         return list(range(len(names)))
+    if not isinstance(wanted, (list, tuple, range)):
+        raise TypeError(f"{term}: levels: expected a list of levels, got {type(wanted).__name__}")
     found: list[int] = []
     for level in wanted:
         if level in names:
@@ -322,8 +333,8 @@ def _level_values(term: FeatureTerm, students: list[Tensor], teachers: list[Tens
     else:
         row[PEARSON] = loss(students[i])
     if norms:
-        with torch.enable_grad():
-            student = students[i].requires_grad_()
+        with torch.inference_mode(False), torch.enable_grad():
+            student = students[i].clone().requires_grad_()
             whole = loss(student, **({"masks": mask} if term.name == "masked_mse" else {}))
             (grad,) = torch.autograd.grad(whole, student)
         row[MASKED_MSE_NORM if term.name == "masked_mse" else PEARSON_NORM] = grad.to(row[0].dtype).square().sum()

@@ -86,6 +86,8 @@ class Plan:
         else may hold, and the values that the objective tells apart.
     formula: the loss again from students and `others`, differentiable twice. It must hold neither.
     others: teachers, and whatever else of a feature's size the formula needs.
+    operands: the small tensors that the formula holds, and copies of students and others that nobody else keeps. A
+        change of one in place is noticed, as with saved tensors.
     loss, details: what `run` found and told apart, once it ran; without a graph.
     """
 
@@ -94,6 +96,7 @@ class Plan:
     others: Sequence[Tensor]
     run: Callable[[list[int]], tuple[Tensor, list[Tensor], dict[str, Tensor]]]
     formula: Callable[[list[Tensor], list[Tensor]], Tensor]
+    operands: Sequence[Tensor] = ()
     loss: Tensor | None = None
     details: dict[str, Tensor] = field(default_factory=dict)
 
@@ -126,7 +129,12 @@ def joined(plans: Sequence[Plan]) -> Plan:
         )
 
     return Plan(
-        plans[0].backend, [s for p in plans for s in p.students], [x for p in plans for x in p.others], run, formula
+        plans[0].backend,
+        [s for p in plans for s in p.students],
+        [x for p in plans for x in p.others],
+        run,
+        formula,
+        [x for p in plans for x in p.operands],
     )
 
 
@@ -151,7 +159,11 @@ def foldable(loss_weight: Any, student: Tensor) -> bool:
 
 def scaled(loss: Tensor, loss_weight: Any) -> Tensor:
     """A loss of two passes times its weight."""
-    return loss if isinstance(loss_weight, (int, float)) and loss_weight == 1 else loss_weight * loss
+    if isinstance(loss_weight, Tensor):
+        if not torch.compiler.is_compiling() and loss_weight.is_inference():
+            loss_weight = loss_weight.clone()  # autograd cannot save a tensor of inference mode
+        return loss * loss_weight.to(loss.dtype)  # a wider weight does not widen the loss
+    return loss if loss_weight == 1 else loss_weight * loss
 
 
 class _OnePass(torch.autograd.Function):
@@ -160,11 +172,9 @@ class _OnePass(torch.autograd.Function):
         ctx.wanted = [i for i, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
         loss, grads = plan.computed(ctx.wanted)
         ctx.save_for_backward(*grads)
-        ctx.backend, ctx.formula, others = plan.backend, plan.formula, plan.others
-        ctx.inputs = [
-            [(TensorWeakRef(x), x._version) for x in side if not x.is_inference()] for side in (students, others)
-        ]
-        ctx.constants = {i: x for i, x in enumerate(others) if x.is_inference()}
+        ctx.backend, ctx.formula = plan.backend, plan.formula
+        ctx.inputs = [[_Remembered(x) for x in side] for side in (students, plan.others)]
+        ctx.operands = [(x, None if x.is_inference() else x._version) for x in plan.operands]
         return loss
 
     @staticmethod
@@ -172,6 +182,7 @@ class _OnePass(torch.autograd.Function):
         found: Sequence[Tensor | None]
         if torch.is_grad_enabled():  # create_graph=True: the formula's gradient can be differentiated again
             students, others = _remembered(ctx)
+            students = ops.apart(students)
             found = ops.gradients_of_formula(
                 lambda: ctx.formula(students, others), [students[i] for i in ctx.wanted], grad_loss
             )
@@ -188,16 +199,30 @@ class _OnePass(torch.autograd.Function):
         return tuple(results)
 
 
-def _remembered(ctx: Any) -> tuple[list[Tensor], list[Tensor]]:
-    sides = []
-    for side in ctx.inputs:
-        alive = [(reference(), version) for reference, version in side]
-        if any(x is None or x._version != version for x, version in alive):
-            raise RuntimeError(
-                "create_graph=True: the one-pass form keeps neither student nor teacher, and one of them is gone or "
-                "was changed in place; keep both until backward, or pass one_pass=False"
-            )
-        sides.append([x for x, _ in alive])
-    for i, x in sorted(ctx.constants.items()):
-        sides[1].insert(i, x)
-    return sides[0], sides[1]
+class _Remembered:
+    """A tensor that is not kept alive, with the version that the forward saw. Inference tensors, which have none and
+    are constants, are kept.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.constant = x if x.is_inference() else None
+        self.reference, self.version = (None, None) if x.is_inference() else (TensorWeakRef(x), x._version)
+
+    def get(self) -> Tensor | None:
+        """The tensor, if it is still there and as it was."""
+        if self.reference is None:
+            return self.constant
+        x = self.reference()
+        return None if x is None or x._version != self.version else x
+
+
+def _remembered(ctx: Any) -> list[list[Tensor]]:
+    sides = [[x.get() for x in side] for side in ctx.inputs]
+    if any(x is None for side in sides for x in side):
+        raise RuntimeError(
+            "create_graph=True: the one-pass form keeps neither student nor teacher, and one of them is gone or "
+            "was changed in place; keep both until backward, or pass one_pass=False"
+        )
+    if any(version is not None and x._version != version for x, version in ctx.operands):
+        raise RuntimeError("create_graph=True: a mask, a weight or another operand of the loss was changed in place")
+    return sides

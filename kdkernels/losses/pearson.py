@@ -68,6 +68,7 @@ class _Pearson(torch.autograd.Function):
         wanted = [i for i in range(levels) if ctx.needs_input_grad[5 + i]]
         grads: list[Tensor | None] = [None] * levels
         if torch.is_grad_enabled():  # create_graph=True: the formula's gradient can be differentiated again
+            students = ops.apart(students)
             found = ops.gradients_of_formula(
                 lambda: ops.run_formula(
                     formula, students, teachers, eps=eps, level_reduction=level_reduction, on_constant=on_constant
@@ -108,13 +109,15 @@ def check(
         check_device(f"student[{i}]", s, students[0])
         if s.shape[:2] != t.shape[:2]:
             raise ValueError(f"student[{i}] and teacher[{i}] differ in N or C: {tuple(s.shape)} and {tuple(t.shape)}")
-    given = students
+    given, given_teachers = students, teachers
     students, teachers = resize_levels(students, teachers, resize)
     for i, (s, t) in enumerate(zip(students, teachers)):
         check_pair(s, t, f"[{i}]")
         if s is not given[i] and not ops.kernel_dtypes(s.dtype, t.dtype):  # kernels have no narrower teacher
             teachers[i] = t.to(s.dtype)
-    return students, teachers, PearsonTerm(range(len(students)), eps, level_reduction, on_constant, loss_weight)
+    copies = [x for x, g in zip([*students, *teachers], [*given, *given_teachers]) if x is not g]
+    term = PearsonTerm(range(len(students)), eps, level_reduction, on_constant, loss_weight, copies)
+    return students, teachers, term
 
 
 def two_passes(backend: str, students: list[Tensor], teachers: list[Tensor], term: PearsonTerm) -> Tensor:

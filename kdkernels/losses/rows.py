@@ -47,8 +47,11 @@ def row_plan(
     run: Callable[[], tuple[Tensor, Tensor, dict[str, Tensor]]],
     formula: Callable[[Tensor, Tensor], Tensor],
     loss_weight: Scalar,
+    *operands: Any,
 ) -> Plan:
-    """A row loss as a plan, from its op (loss, gradient, details) and its formula without `loss_weight`."""
+    """A row loss as a plan, from its op (loss, gradient, details) and its formula without `loss_weight`. `operands` is
+    what else the formula holds.
+    """
 
     def run_plan(wanted):
         loss, grad, details = run()
@@ -57,7 +60,8 @@ def row_plan(
     def weighted_formula(students, others):
         return scaled(formula(students[0], others[0]), loss_weight)
 
-    return Plan(backend, [student], [teacher], run_plan, weighted_formula)
+    tensors = [x for x in (loss_weight, *operands) if isinstance(x, Tensor)]
+    return Plan(backend, [student], [teacher], run_plan, weighted_formula, tensors)
 
 
 def row_gradient(

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .. import ops
 from .objective_parts import (
     FEATURES,
     TERMS,
@@ -225,7 +226,7 @@ class _Pearson(torch.autograd.Function):
         factor_s = torch.where(enough & ~flat, share * (1 - kappa) * scale, 0.0)
         constant = 0.0 if term.on_constant == "zero" else share * scale
         factor_t = torch.where(enough, torch.where(flat, constant, share * scale), 0.0)
-        ctx.save_for_backward(*features, factor_s, factor_t, *(x for standard in standards for x in standard))
+        ops.save(ctx, *features, factor_s, factor_t, *(x for standard in standards for x in standard))
         ctx.options = (dist.get_world_size(group), count, spans)
         dtype = torch.promote_types(torch.float32, torch.promote_types(students[0].dtype, teachers[0].dtype))
         return torch.stack([losses[span].sum() for span in spans]).to(dtype)
@@ -234,7 +235,7 @@ class _Pearson(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_losses):
         ranks, count, spans = ctx.options
-        *features, factor_s, factor_t, mean_s, _, scale_s, mean_t, _, scale_t = ctx.saved_tensors
+        *features, factor_s, factor_t, mean_s, _, scale_s, mean_t, _, scale_t = ops.saved(ctx)
         students, teachers = features[:count], features[count:]
         grads: list[Tensor | None] = [None] * count
         for i, (s, t, span) in enumerate(zip(students, teachers, spans)):
