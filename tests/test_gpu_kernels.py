@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from losses import FEATURES, LOSSES, VARIANTS, loss_and_gradients
+from losses import FEATURES, LOSSES, VARIANTS, in_form, loss_and_gradients
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
@@ -32,14 +32,14 @@ class Recorded:
 
 @pytest.fixture
 def record(backend, monkeypatch):
-    """Calls of a loss's two ops: {op name: [(arguments, result)]}."""
+    """Calls of a loss's ops in two passes: {op name: [(arguments, result)]}."""
 
     def run(inputs, name: str):
         recorders = {}
         for op_name in (name, f"{name}_backward"):
             recorders[op_name] = Recorded(ops.OPS[op_name][backend])
             monkeypatch.setitem(ops.OPS[op_name], backend, recorders[op_name])
-        loss_and_gradients(inputs, 0.75)
+        loss_and_gradients(in_form(inputs, False), 0.75)
         return {op_name: recorder.calls for op_name, recorder in recorders.items()}
 
     return run
@@ -112,7 +112,7 @@ def test_runs_give_the_same_bits_over_memory_that_holds_nan(name, backend):
 @ALL
 def test_the_backward_follows_the_forward(name, backend, record, monkeypatch):
     """A call keeps its backend, whatever is forced when its backward runs."""
-    inputs = LOSSES[name].inputs()
+    inputs = in_form(LOSSES[name].inputs(), False)
     recorders = {n: Recorded(ops.OPS[n][backend]) for n in (name, f"{name}_backward")}
     for op_name, recorder in recorders.items():
         monkeypatch.setitem(ops.OPS[op_name], backend, recorder)
@@ -120,6 +120,18 @@ def test_the_backward_follows_the_forward(name, backend, record, monkeypatch):
     with kd.use_backend("reference"):
         loss.sum().backward()
     assert [len(recorder.calls) for recorder in recorders.values()] == [1, 1]
+
+
+@ALL
+@pytest.mark.parametrize("backend", ["cuda"], indirect=True)
+def test_the_backward_of_one_pass_follows_the_forward(name, backend, monkeypatch):
+    recorder = Recorded(ops.OPS["one_pass_scale_"][backend])
+    monkeypatch.setitem(ops.OPS["one_pass_scale_"], backend, recorder)
+    inputs = in_form(LOSSES[name].inputs(), True)
+    loss = inputs(*inputs.leaves())
+    with kd.use_backend("reference"):
+        loss.backward()
+    assert len(recorder.calls) == 1
 
 
 @GPU
@@ -173,7 +185,7 @@ def test_a_traced_graph_holds_the_ops(name, backend):
     """torch.compile with fullgraph, forward and backward."""
     if torch.cuda.is_available():
         pytest.skip("test_gpu.py compiles the real ones")
-    inputs = LOSSES[name].inputs()
+    inputs = in_form(LOSSES[name].inputs(), False)  # as a compiled graph
     expected, expected_grads = loss_and_gradients(inputs)
     torch._dynamo.reset()
     compiled = torch.compile(lambda *students: inputs(*students), fullgraph=True, backend="aot_eager")
