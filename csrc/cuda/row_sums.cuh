@@ -20,6 +20,14 @@ struct RowFactor {
   }
 };
 
+// A weight that is read again and again: rounded on the host, unless it lives on the device.
+struct FloatScalar {
+  float value;
+  const float* pointer;
+  KD_DEVICE float get() const { return pointer ? *pointer : value; }
+};
+inline FloatScalar float_scalar(const DeviceScalar& s) { return {float(s.value), s.pointer}; }
+
 // Host: rows that are counted, and columns, as for RowReduction::factor, which reads `average` and cannot here.
 inline RowFactor row_factor(const RowReduction& reduction, double counted_rows, double columns) {
   const bool divides = reduction.kind == RowReduction::mean_rows || reduction.kind == RowReduction::mean_elements;

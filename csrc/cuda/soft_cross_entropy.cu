@@ -122,7 +122,8 @@ struct SoftLoss {
   const float* class_weight;
   const int64_t* target;
   int64_t ignore_index;
-  DeviceScalar hard_weight, loss_weight;
+  FloatScalar hard_weight;
+  DeviceScalar loss_weight;
   RowFactor factor;
   const float* counts;  // of labels that are not ignored; null where the factor does not need them
   int counters;
@@ -197,7 +198,7 @@ struct SoftLoss {
   }
 
   KD_DEVICE void keep(const SoftRow& row, const SoftSums& sums, float* kept) const {
-    const float mix = scalar_value(hard_weight);
+    const float mix = hard_weight.get();
     const SoftCrossEntropyState<float>& state = sums.state;
     const bool live = !row.skip && !state.empty();
     const float inverse_sum = 1.0f / state.teacher.sum;
@@ -225,7 +226,7 @@ struct SoftLoss {
     const SoftCrossEntropyState<float>& state = sums.state;
     if (!one_pass) keep(row, sums, statistics + r * statistics_per_row);
     if (row.skip || state.empty()) return 0;
-    const float mix = scalar_value(hard_weight);
+    const float mix = hard_weight.get();
     const float inverse_sum = 1.0f / state.teacher.sum, mass = state.weighted * inverse_sum;
     float soft_part = state.soft(inverse);
     if (look.again) {
@@ -284,7 +285,7 @@ const char* launch_soft(const RowPair& pair, const SoftCrossEntropyOptions& opti
   loss.class_weight = static_cast<const float*>(options.class_weight);
   loss.target = options.target;
   loss.ignore_index = options.ignore_index;
-  loss.hard_weight = options.hard_weight;
+  loss.hard_weight = float_scalar(options.hard_weight);
   loss.loss_weight = loss_weight;
   loss.factor = row_factor(options.reduction, double(pair.rows), double(pair.columns));
   loss.classes = options.reduction.kind == RowReduction::mean_elements ? float(pair.columns) : 1.0f;
