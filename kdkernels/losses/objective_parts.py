@@ -86,13 +86,10 @@ def split_weight(keywords: dict[str, Any], student: Tensor) -> tuple[dict[str, A
 
 def head_part(name: str, keywords: dict[str, Any], given: Given, one_pass: OnePass) -> Part:
     """A term over logits or deltas."""
-    inputs, weight = head_inputs(name, given)
-    keywords, factor = split_weight(keywords, inputs[0]) if isinstance(inputs[0], Tensor) else (keywords, 1.0)
-    if name == "soft_cross_entropy":
-        keywords = {**keywords, "target": given["target"]}
-    result = TERMS[name].weighted(*inputs, weight=weight, one_pass=one_pass, **keywords)
+    inputs, keywords, factor = head_call(name, keywords, given)
+    result = TERMS[name].weighted(*inputs, one_pass=one_pass, **keywords)
     if name == "decoupled_kl" and isinstance(result, Tensor):
-        again = _regions_again(inputs, {**keywords, "weight": weight})
+        again = _regions_again(inputs, keywords)
         return Part(result, lambda loss, _: Told({name: loss}, again), factor)
     return Part(result, lambda loss, details: Told({name: loss}, details), factor)
 
@@ -106,12 +103,16 @@ def _regions_again(inputs: list[Tensor], keywords: dict[str, Any]) -> dict[str, 
     return found
 
 
-def head_inputs(name: str, given: Given) -> tuple[list[Any], Tensor | None]:
-    """The inputs of a head's term, and its row weight."""
+def head_call(name: str, keywords: dict[str, Any], given: Given) -> tuple[list[Any], dict[str, Any], Any]:
+    """The inputs of a head's term, its keywords with those of the call, and the factor that may not enter them."""
     if name == "bounded_regression":
-        return need(name, given, "student_deltas", "teacher_deltas", "target_deltas"), given["delta_weight"]
-    more = ["foreground"] if name == "decoupled_kl" else []
-    return need(name, given, "student_logits", "teacher_logits", *more), given["row_weight"]
+        inputs, weight = need(name, given, "student_deltas", "teacher_deltas", "target_deltas"), given["delta_weight"]
+    else:
+        more = ["foreground"] if name == "decoupled_kl" else []
+        inputs, weight = need(name, given, "student_logits", "teacher_logits", *more), given["row_weight"]
+    keywords, factor = split_weight(keywords, inputs[0]) if isinstance(inputs[0], Tensor) else (keywords, 1.0)
+    target = {"target": given["target"]} if name == "soft_cross_entropy" else {}
+    return inputs, {**keywords, **target, "weight": weight}, factor
 
 
 # Features.
@@ -124,7 +125,6 @@ class Levels:
     names: list[Any]
     students: list[Tensor]
     teachers: list[Tensor]
-    masks: list[Tensor] | None = None
 
     def of(self, places: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
         return [self.students[i] for i in places], [self.teachers[i] for i in places]
@@ -210,22 +210,16 @@ class FeatureTerm:
 def feature_parts(active: dict[str, dict[str, Any]], given: Given, one_pass: OnePass, norms: bool) -> list[Part]:
     """The feature terms: one part where they can share the read, else one each."""
     levels = read_levels(next(iter(active)), given)
-    terms = []
-    for name, keywords in active.items():
-        places = pick(name, keywords.get("levels"), levels.names)
-        keywords, factor = split_weight(keywords, levels.students[0])
-        terms.append(
-            check_term(name, places, levels, {k: v for k, v in keywords.items() if k != "levels"}, given, factor)
-        )
+    terms = [check_term(name, keywords, levels, given) for name, keywords in active.items()]
     if len(terms) == 2 and can_share(terms, levels, one_pass):
         return [shared_part(terms, levels, norms)]
     return [single_part(term, levels, one_pass, norms) for term in terms]
 
 
-def check_term(
-    name: str, places: list[int], levels: Levels, keywords: dict[str, Any], given: Given, factor: Any
-) -> FeatureTerm:
-    """A term as its single function checks it."""
+def check_term(name: str, keywords: dict[str, Any], levels: Levels, given: Given) -> FeatureTerm:
+    """A term on the levels that it takes, as its single function checks it."""
+    places = pick(name, keywords.get("levels"), levels.names)
+    keywords, factor = split_weight({k: v for k, v in keywords.items() if k != "levels"}, levels.students[0])
     students, teachers = levels.of(places)
     if name == "masked_mse":
         masks = read_masks(given, levels)
@@ -250,9 +244,8 @@ def can_share(terms: list[FeatureTerm], levels: Levels, one_pass: OnePass) -> bo
 
 def reads_once(one_pass: OnePass, backend: str, students: list[Tensor], loss: str) -> bool:
     """Whether one pass serves: with the gradient, or, where none is needed, for the values alone."""
-    if one_pass is False or torch.compiler.is_compiling():
-        return takes_one_pass(one_pass, feature_pass.OP, backend, students, loss)
-    if torch.is_grad_enabled() and any(s.requires_grad for s in students):
+    needed = torch.is_grad_enabled() and any(s.requires_grad for s in students)
+    if one_pass is False or needed or torch.compiler.is_compiling():
         return takes_one_pass(one_pass, feature_pass.OP, backend, students, loss)
     return ops.has_kernel(feature_pass.OP, backend) and all(s.dtype != torch.float64 for s in students)
 

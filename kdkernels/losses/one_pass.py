@@ -45,7 +45,7 @@ except AttributeError:  # pragma: no cover
 
 
 def check_one_pass(one_pass: OnePass) -> OnePass:
-    """ "auto", True or False."""
+    """One of "auto", True and False."""
     if not isinstance(one_pass, bool) and one_pass != "auto":
         raise ValueError(f"one_pass: expected 'auto', True or False, got {one_pass!r}")
     return one_pass

@@ -25,10 +25,8 @@ from .objective_parts import (
     Part,
     Told,
     check_term,
-    head_inputs,
-    pick,
+    head_call,
     read_levels,
-    split_weight,
     told_by_values,
     values_again,
 )
@@ -68,11 +66,8 @@ def parts(active: dict[str, dict[str, Any]], given: Given, group: Any) -> list[P
         if name not in FEATURES:
             found.append(_head(name, keywords, given, group))
             continue
-        places = pick(name, keywords.get("levels"), levels.names)
-        keywords, factor = split_weight(keywords, levels.students[0])
-        keywords = {k: v for k, v in keywords.items() if k != "levels"}
-        term = check_term(name, places, levels, keywords, given, factor)
-        names = [levels.names[i] for i in places]
+        term = check_term(name, keywords, levels, given)
+        names = [levels.names[i] for i in term.places]
         found.append(_masked_mse(term, names, group) if name == "masked_mse" else _pearson(term, names, group))
     return found
 
@@ -81,11 +76,8 @@ def parts(active: dict[str, dict[str, Any]], given: Given, group: Any) -> list[P
 
 
 def _head(name: str, keywords: dict[str, Any], given: Given, group: Any) -> Part:
-    inputs, weight = head_inputs(name, given)
+    inputs, keywords, factor = head_call(name, keywords, given)
     student = inputs[0]
-    keywords, factor = split_weight(keywords, student)
-    if name == "soft_cross_entropy":
-        keywords = {**keywords, "target": given["target"]}
     if keywords.get("gate") == "batch":
         raise ValueError("bounded_regression: gate='batch' compares means of a rank's own rows; no process_group")
     regions = {}
@@ -99,7 +91,7 @@ def _head(name: str, keywords: dict[str, Any], given: Given, group: Any) -> Part
         keywords = {**keywords, "avg_factor": _rows(student, keywords, group)}
 
     def local(**changed):
-        return value(TERMS[name].weighted(*inputs, weight=weight, one_pass=False, **{**keywords, **changed}))
+        return value(TERMS[name].weighted(*inputs, one_pass=False, **{**keywords, **changed}))
 
     loss = _Global.apply(local(), group)
     with torch.no_grad():
