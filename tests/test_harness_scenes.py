@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("sklearn")
 box_iou = pytest.importorskip("torchvision.ops").box_iou
 
-from kdkernels.harness import scenes  # noqa: E402
+from kdkernels.harness.data import scenes  # noqa: E402
 from kdkernels.harness.settings import SceneSettings  # noqa: E402
 
 SETTINGS = SceneSettings(train=40, val=40)

@@ -1,19 +1,15 @@
-"""Detectors for the harness: the protocol, and torchvision's Faster R-CNN as one small adapter to it.
-
-The recipe needs nothing from a detector but this protocol; a new detector is one more class of it.
-"""
+"""torchvision's Faster R-CNN with a ResNet-FPN of any depth and width, as a small adapter to the protocol."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from .extras import require
-from .settings import DetectorSettings
+from ..extras import require
+from ..settings import DetectorSettings
+from .protocol import Features, Targets
 
 require("torchvision", "the detectors")
 
@@ -31,31 +27,6 @@ BLOCKS = {
     50: (Bottleneck, (3, 4, 6, 3)),
     101: (Bottleneck, (3, 4, 23, 3)),
 }
-Features = Mapping[str, Tensor]
-Targets = list[dict[str, Tensor]]
-
-
-@runtime_checkable
-class Detector(Protocol):
-    """What the harness asks of a detector. Pictures are float32 ``(N, 3, S, S)`` in [0, 1]; boxes are in their pixels.
-
-    ``proposals`` and ``head`` are for two stages; ``detect`` is for evaluation.
-    """
-
-    def features(self, images: Tensor) -> Features:
-        """Pyramid levels by name, finest first, each ``(N, C, H, W)``."""
-
-    def losses(self, features: Features, targets: Targets) -> dict[str, Tensor]:
-        """The detector's own training losses from features computed before."""
-
-    def proposals(self, features: Features) -> list[Tensor]:
-        """Proposals of each picture, ``(n, 4)``, best first, without a graph."""
-
-    def head(self, features: Features, proposals: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Class logits ``(K, classes + 1)``, class 0 the background, and deltas ``(K, 4 (classes + 1))``."""
-
-    def detect(self, images: Tensor) -> list[dict[str, Tensor]]:
-        """Final boxes, scores and labels of each picture."""
 
 
 class NarrowResNet(nn.Sequential):
@@ -98,6 +69,8 @@ class TorchvisionTwoStage(nn.Module):
     def __init__(self, model: FasterRCNN) -> None:
         super().__init__()
         self.model = model
+        self.strides = dict(zip(("0", "1", "2", "3", "pool"), (4, 8, 16, 32, 64), strict=True))
+        self.channels = dict.fromkeys(self.strides, model.backbone.out_channels)
         mean, std = model.transform.image_mean, model.transform.image_std
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)

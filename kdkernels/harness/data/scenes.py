@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .extras import require
-from .settings import SceneSettings
+from ..extras import require
+from ..settings import SceneSettings
 
 #: Pixels with less than this share of a digit's ink are outside its box.
 INK = 0.3

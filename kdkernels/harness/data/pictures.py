@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from .extras import require
+from ..extras import require
+from ..settings import SceneSettings
 from .scenes import compose
-from .settings import SceneSettings
 
 
 class DataError(ValueError):
