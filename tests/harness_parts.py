@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from kdkernels.harness.data import ScenePictures, collate
-from kdkernels.harness.detectors import TorchvisionTwoStage, build
+from kdkernels.harness.detectors import TorchvisionFasterRCNN, build
 from kdkernels.harness.settings import DetectorSettings, SceneSettings
 
 SMALL = SceneSettings(train=12, val=6)
 
 
-def detector(width: float = 0.25, seed: int = 0, **settings: object) -> TorchvisionTwoStage:
+def detector(width: float = 0.25, seed: int = 0, **settings: object) -> TorchvisionFasterRCNN:
     """A small random detector."""
     torch.manual_seed(seed)
     return build(DetectorSettings(width=width, **settings))

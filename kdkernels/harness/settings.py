@@ -36,18 +36,27 @@ class SceneSettings:
 
 @dataclass(frozen=True)
 class DetectorSettings:
-    """A Faster R-CNN with a ResNet-FPN backbone for small pictures. Every size scales with ``image_size``.
+    """One of torchvision's detectors, for small pictures. Every size in pixels scales with ``image_size``.
 
     Attributes:
-        depth, width: ResNet depth, and what its 64 to 512 channels are multiplied with.
+        kind: "faster_rcnn", "retinanet", "fcos" or "ssdlite"; the first three have a ResNet-FPN backbone, the last
+            MobileNetV3-large.
+        depth, width: ResNet depth, and what the backbone's channels are multiplied with.
+        norm: "batch", or "frozen": BatchNorm with constant statistics and factors, for weights that are loaded.
         classes: number of classes without the background.
-        image_size: side of the square pictures, a multiple of 32.
+        image_size: shorter side of the pictures, a multiple of 32. It sets the sizes of anchors only: pictures may have
+            any height and width that are multiples of 32.
         channels: channels of each pyramid level.
-        hidden: width of the box head.
+        hidden, pooled: width of Faster R-CNN's box head, and the side of what it reads of each proposal.
+        anchors: sides of the anchors of each level at 160 pixels, finest level first. RetinaNet has each at three
+            sizes, a third of an octave apart. FCOS's begin at a quarter of the first one and double with the level.
+        ratios: height over width of the anchors.
     """
 
+    kind: str = "faster_rcnn"
     depth: int = 18
     width: float = 0.25
+    norm: str = "batch"
     classes: int = 10
     image_size: int = 160
     channels: int = 64
