@@ -15,6 +15,8 @@ from harness_parts import SMALL  # noqa: E402
 
 from kdkernels.harness import data  # noqa: E402
 
+SQUARE = data.Size(square=160)
+
 
 @pytest.fixture(scope="module")
 def scenes():
@@ -33,7 +35,7 @@ def folder_of(tmp_path, document, pictures, split="train"):
 
 def test_scenes_written_as_a_folder_come_back_the_same(scenes, tmp_path):
     data.write_coco_folder(tmp_path, "train", scenes)
-    read = data.CocoPictures(tmp_path, "train", SMALL.image_size)
+    read = data.open_pictures(tmp_path, "train", size=data.Size(square=SMALL.image_size))
     assert len(read) == len(scenes) == 12 and read.category_ids == list(range(10))
     for (picture, target), (mine, wanted) in zip(
         (read[i] for i in range(12)), (scenes[i] for i in range(12)), strict=True
@@ -54,9 +56,10 @@ def test_folder_scales_pads_and_maps_categories(tmp_path):
         ],
     }
     folder_of(tmp_path, document, {"wide.png": torch.full((3, 128, 320), 200, dtype=torch.uint8)})
-    pictures = data.CocoPictures(tmp_path, "train", 160)
+    pictures = data.open_pictures(tmp_path, "train", size=SQUARE)
     picture, target = pictures[0]
-    assert picture.shape == (3, 160, 160) and target["scale"] == 0.5 and target["image_id"] == 7
+    assert picture.shape == (3, 160, 160) and target["image_id"] == 7
+    assert target["scale"] == (0.5, 0.5) and target["size"] == (64, 160)
     assert (picture[:, :64] == 200).all() and (picture[:, 64:] == 114).all()
     assert target["boxes"].tolist() == [[10, 20, 60, 50]] and target["labels"].tolist() == [2]
     assert pictures.category_names == ["a", "b"]
@@ -69,34 +72,25 @@ def test_folder_scales_pads_and_maps_categories(tmp_path):
         ({"images": [], "annotations": []}, "categories"),
         ({"images": [], "annotations": [], "categories": [{"id": 1}]}, "lists 0 images"),
         ({"images": [{"id": 1, "file_name": "none.png"}], "annotations": [], "categories": [{"id": 1}]}, "none.png"),
-        (
-            {
-                "images": [{"id": 1, "file_name": "a.png"}],
-                "annotations": [{"image_id": 1, "category_id": 5, "bbox": [0, 0, 1, 1]}],
-                "categories": [{"id": 1}],
-            },
-            "KeyError: 5",
-        ),
+        ({"images": [{"id": 1}], "annotations": [], "categories": [{"id": 1}, {"id": 1}]}, "the same id"),
+        ({"images": [{"id": 1}], "annotations": [], "categories": [{"id": "x"}]}, "not a COCO instances file"),
+        ([], "not a COCO instances file"),
     ],
 )
 def test_bad_folder_is_named(tmp_path, document, message):
     folder_of(tmp_path, document, {})
     with pytest.raises(data.DataError, match=message):
-        data.CocoPictures(tmp_path, "train", 160)
+        data.open_pictures(tmp_path, "train", size=SQUARE)
 
 
-def test_missing_folder_and_unreadable_picture(tmp_path):
+def test_missing_folders_are_named(tmp_path):
+    with pytest.raises(data.DataError, match="no folder of COCO's form"):
+        data.open_pictures(tmp_path, "train", size=SQUARE)
+    (tmp_path / "annotations").mkdir()
     with pytest.raises(data.DataError, match="train2017 does not exist"):
-        data.CocoPictures(tmp_path, "train", 160)
-    document = {
-        "images": [{"id": 1, "file_name": "bad.png"}],
-        "annotations": [],
-        "categories": [{"id": 1}],
-    }
-    folder_of(tmp_path, document, {})
-    (tmp_path / "train2017" / "bad.png").write_bytes(b"no picture")
-    with pytest.raises(data.DataError, match=r"bad\.png"):
-        data.CocoPictures(tmp_path, "train", 160)[0]
+        data.open_pictures(tmp_path, "train", size=SQUARE)
+    with pytest.raises(data.DataError, match="nowhere is not a folder"):
+        data.open_pictures([tmp_path / "nowhere"], "train", size=SQUARE)
 
 
 def test_training_batches_are_counted_and_seeded(scenes):

@@ -9,7 +9,12 @@ import importlib
 from types import ModuleType
 
 INSTALL = 'pip install "kdkernels[train]"'
-NEEDED = {"torchvision": "the detectors", "sklearn": "the scenes", "matplotlib": "the pictures"}
+NEEDED = {
+    "torchvision": "the detectors",
+    "PIL": "reading pictures",
+    "sklearn": "the scenes",
+    "matplotlib": "the pictures of a run",
+}
 
 
 def require(module: str, why: str = "the reference training") -> ModuleType:

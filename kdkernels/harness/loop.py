@@ -46,7 +46,7 @@ class Run:
     seconds: float = 0.0
     step_seconds: list[float] = field(default_factory=list)
     task_loss: list[float] = field(default_factory=list)
-    scores: list[tuple[int, float, float, float]] = field(default_factory=list)  # step, seconds, mAP, AP50
+    scores: list[tuple[float, ...]] = field(default_factory=list)  # step, seconds, and what a Score holds
 
     @property
     def score(self) -> Score:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .data import to_device
+from .data import collate, to_device
 from .extras import require
 from .loop import Run
 from .progress import Progress
@@ -49,14 +49,12 @@ def write(
 
 def row(name: str, run: Run) -> dict[str, Any]:
     """The numbers of one row of the table."""
-    mean_ap, ap50 = run.score
     return {
         "run": name,
         "seed": run.seed,
         "steps": run.steps,
         "seconds": run.seconds,
-        "mean_ap": mean_ap,
-        "ap50": ap50,
+        **run.score._asdict(),
     }
 
 
@@ -124,8 +122,7 @@ def detections(
     plt = require("matplotlib.pyplot")
     rectangle = require("matplotlib.patches").Rectangle
     chosen = _most_objects(val, count)
-    pictures = torch.stack([val[index][0] for index in chosen])
-    targets = [val[index][1] for index in chosen]
+    pictures, targets = collate([val[index] for index in chosen])
     columns: list[tuple[str, list[dict]]] = [("ground truth", [{**t, "scores": None} for t in targets])]
     images, _ = to_device(pictures, targets, device)
     for name, detector in detectors.items():
@@ -134,12 +131,12 @@ def detections(
     figure, grid = plt.subplots(
         len(chosen), len(columns), figsize=(3.4 * len(columns), 3.4 * len(chosen)), layout="constrained", squeeze=False
     )
-    side = pictures.shape[-1]
+    height, width = pictures.shape[-2:]
     for column, (title, found) in enumerate(columns):
         for line, boxes in enumerate(found):
             axes = grid[line][column]
             axes.imshow(pictures[line].permute(1, 2, 0).numpy())
-            axes.set(xticks=[], yticks=[], xlim=(0, side), ylim=(side, 0))
+            axes.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
             scores = boxes["scores"]
             for index, (x1, y1, x2, y2) in enumerate(boxes["boxes"].tolist()):
                 colour = "#3cd070" if scores is None else "#ffe119"
@@ -147,7 +144,7 @@ def detections(
                 text = val.category_names[int(boxes["labels"][index]) - 1]
                 text += "" if scores is None else f"  {float(scores[index]):.2f}"
                 # Above the box, or inside it where there is no room above.
-                below = y1 < 0.08 * side
+                below = y1 < 0.08 * height
                 axes.text(
                     x1, y1, text, fontsize=9, color="black", va="top" if below else "bottom", clip_on=True,
                     bbox={"facecolor": colour, "edgecolor": "none", "pad": 1.0},

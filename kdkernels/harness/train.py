@@ -70,15 +70,18 @@ def _run(options: flags.Options) -> int:
 
 def _pictures(options: flags.Options) -> tuple[Any, Any, dict[str, Any]]:
     """Training and validation pictures, and what identifies them in the teacher's key."""
-    from .data import CocoPictures, DataError, ScenePictures
+    from .data import ScenePictures, Size, open_pictures
 
     if options.data_path is None:
         print("composing the scenes", file=sys.stderr, flush=True)
         train, val = (ScenePictures(options.scenes, split) for split in ("train", "val"))
         return train, val, {"scenes": asdict(options.scenes), "digests": [train.digest, val.digest]}
-    train, val = (CocoPictures(options.data_path, split, options.image_size) for split in ("train", "val"))
-    if train.category_ids != val.category_ids:
-        raise DataError(f"{options.data_path}: the two annotation files differ in their categories")
+    size = Size(square=options.image_size)
+    train = open_pictures(options.data_path, "train", size=size)
+    val = open_pictures(options.data_path, "val", size=size, classes=train.category_names)
+    for split, pictures in (("train", train), ("val", val)):
+        if pictures.problems:
+            print(f"{split}: {pictures.problems}", file=sys.stderr, flush=True)
     return train, val, {"digests": [train.digest, val.digest], "image_size": options.image_size}
 
 

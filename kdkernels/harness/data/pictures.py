@@ -1,35 +1,41 @@
-"""Pictures with COCO-format ground truth, from scenes or from a folder on disk, and the loaders over them.
+"""The sets of pictures: scenes in memory, folders with annotations, folders without.
 
-Both kinds give square pictures of one size, so that batches are plain tensors: ``(3, S, S)`` uint8, and a target dict
-with ``boxes`` (pixels of that square), ``labels`` (1 to the number of classes), ``image_id`` and ``scale`` (pixels of
-the square per pixel of the picture on disk). A new source is a class with ``coco``, ``category_ids``,
-``category_names``, ``__len__`` and ``__getitem__``.
+A set gives a picture, uint8 ``(3, H, W)``, and a target dict: ``boxes`` (pixels of that picture), ``labels`` (1 to the
+number of classes), ``image_id``, ``size`` (height and width of the picture without padding) and ``scale`` (x and y:
+pixels of the picture per pixel of the file). A new kind is a class with ``coco``, ``category_ids``,
+``category_names``, ``hflip`` (how often training mirrors a picture), ``__len__`` and ``__getitem__``; ``problems`` and
+``read`` where its files can be broken.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import Dataset
 
-from ..extras import require
 from ..settings import SceneSettings
+from .coco import is_coco, read_coco
+from .files import SUFFIXES, Undecodable, checked, decode
+from .geometry import Size, placed
+from .listing import Listing, Record, joined
+from .problems import DataError, Problems
 from .scenes import compose
+from .voc import layouts, read_voc
 
-
-class DataError(ValueError):
-    """A data folder that cannot be used; the message names the file and what is wrong with it."""
+ON_BAD = ("skip", "refuse")
 
 
 class ScenePictures(Dataset):
     """One split of the composed scenes, in memory."""
+
+    hflip = 0.0  # a mirrored digit is none
 
     def __init__(self, settings: SceneSettings, split: str) -> None:
         self.pictures, self.targets = compose(settings, split)
@@ -37,9 +43,10 @@ class ScenePictures(Dataset):
         self.digest = hashlib.sha256(self.pictures.numpy()).hexdigest()
         self.category_ids = list(range(10))
         self.category_names = [str(digit) for digit in range(10)]
+        size = settings.image_size
         for index, target in enumerate(self.targets):
-            target.update(image_id=index, scale=1.0)
-        self.coco = coco_ground_truth(self.targets, settings.image_size, self.category_ids, self.category_names)
+            target.update(image_id=index, scale=(1.0, 1.0), size=(size, size))
+        self.coco = coco_ground_truth(self.targets, size, self.category_ids, self.category_names)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -48,68 +55,195 @@ class ScenePictures(Dataset):
         return self.pictures[index], self.targets[index]
 
 
-class CocoPictures(Dataset):
-    """One split of a COCO-format folder: ``<root>/<split>2017/`` and ``<root>/annotations/instances_<split>2017.json``.
+class FolderPictures(Dataset):
+    """Checked pictures on disk; see :func:`open_pictures`.
 
-    Each picture is scaled so that its longer side is ``image_size`` and padded below and to the right with grey.
-    Crowd regions and empty boxes are left out of the targets; evaluation sees the annotation file as it is.
+    Attributes:
+        coco: the ground truth as a COCO document, in pixels of the files, without what was left out. Crowd regions and
+            difficult objects have ``iscrowd`` 1 there, so that COCO's scoring ignores what is found inside them; VOC's
+            also have ``difficult`` 1.
+        problems: what was left out, and why.
+        digest: of the annotations, and of what was left out.
     """
 
-    def __init__(self, root: str | Path, split: str, image_size: int) -> None:
-        root = Path(root)
-        self.folder = root / f"{split}2017"
-        annotations = root / "annotations" / f"instances_{split}2017.json"
-        for path in (self.folder, annotations):
-            if not path.exists():
-                raise DataError(f"{path} does not exist; a COCO folder has it")
-        content = annotations.read_bytes()
-        self.digest = hashlib.sha256(content).hexdigest()
-        try:
-            self.coco = json.loads(content)
-            self.images = sorted(self.coco["images"], key=lambda image: image["id"])
-            categories = sorted(self.coco["categories"], key=lambda category: category["id"])
-            self.category_ids = [category["id"] for category in categories]
-            self.category_names = [str(category.get("name", category["id"])) for category in categories]
-            label_of = {category: label for label, category in enumerate(self.category_ids, start=1)}
-            self.objects: dict[int, list[tuple[list[float], int]]] = {image["id"]: [] for image in self.images}
-            for annotation in self.coco["annotations"]:
-                x, y, width, height = annotation["bbox"]
-                if annotation.get("iscrowd", 0) or width <= 0 or height <= 0:
-                    continue
-                entry = ([x, y, x + width, y + height], label_of[annotation["category_id"]])
-                self.objects[annotation["image_id"]].append(entry)
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{annotations} is not a COCO instances file: {type(error).__name__}: {error}") from error
-        if not self.images or not self.category_ids:
-            raise DataError(f"{annotations} lists {len(self.images)} images and {len(self.category_ids)} categories")
-        missing = next((i["file_name"] for i in self.images if not (self.folder / i["file_name"]).is_file()), None)
-        if missing is not None:
-            raise DataError(f"{self.folder / missing} is listed in {annotations} and does not exist")
-        self.image_size = image_size
+    def __init__(
+        self, listing: Listing, *, size: Size, problems: Problems, on_bad: str = "skip", hflip: float = 0.5
+    ) -> None:
+        if on_bad not in ON_BAD:
+            raise ValueError(f"on_bad must be one of {ON_BAD}, got {on_bad!r}")
+        if not 0 <= hflip <= 1:
+            raise ValueError(f"hflip must be a probability, got {hflip!r}")
+        self.size, self.problems, self.on_bad, self.hflip = size, problems, on_bad, hflip
+        # A refusal decodes everything now: it must not come an hour later.
+        records = checked(listing.records, problems, pixels=on_bad == "refuse")
+        if problems and on_bad == "refuse":
+            raise DataError(f"{listing.source}: {problems}")
+        if not records:
+            raise DataError(f"{listing.source}: no picture can be used; {problems}")
+        self.category_ids = [number for number, _ in listing.categories]
+        self.category_names = listing.names
+        self.paths = [str(record.path) for record in records]
+        self.ids = [record.id for record in records]
+        self._set_objects(records)
+        self.coco: dict[str, Any] | None = _document(records, listing.categories)
+        self.digest = listing.digest
+        if problems:
+            self.digest = hashlib.sha256(f"{listing.digest} {sorted(problems.counts.items())}".encode()).hexdigest()
+
+    def _set_objects(self, records: list[Record]) -> None:
+        # Flat arrays: worker processes share them, where each of a million tuples would be copied when it is counted.
+        label_of = {category: label for label, category in enumerate(self.category_ids, start=1)}
+        kept = [[item for item in r.objects if not (item.crowd or item.difficult)] for r in records]
+        self._starts = np.cumsum([0, *(len(objects) for objects in kept)])
+        flat = [item for objects in kept for item in objects]
+        self._boxes = np.array([item.box for item in flat], dtype=np.float32).reshape(-1, 4)
+        self._labels = np.array([label_of[item.category] for item in flat], dtype=np.int64)
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.paths)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "coco": None, "problems": None}  # a worker that is sent the set needs neither
+
+    def read(self, index: int) -> tuple[Tensor, dict]:
+        """Picture and target; Undecodable where the file cannot be decoded."""
+        picture = decode(Path(self.paths[index]))
+        height, width = picture.shape[-2:]
+        objects = slice(self._starts[index], self._starts[index + 1])
+        boxes = torch.from_numpy(self._boxes[objects].copy())
+        picture, boxes, (new_height, new_width) = placed(picture, boxes, self.size)
+        return picture, {
+            "boxes": boxes,
+            "labels": torch.from_numpy(self._labels[objects].copy()),
+            "image_id": self.ids[index],
+            "scale": (new_width / width, new_height / height),
+            "size": (new_height, new_width),
+        }
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict]:
-        image = self.images[index]
-        path = self.folder / image["file_name"]
-        try:
-            with require("PIL.Image").open(path) as opened:
-                picture = torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1)
-        except OSError as error:
-            raise DataError(f"{path} cannot be read as a picture: {error}") from error
-        height, width = picture.shape[-2:]
-        size = self.image_size
-        scale = size / max(height, width)
-        scaled = (max(1, round(height * scale)), max(1, round(width * scale)))
-        if scaled != (height, width):
-            picture = F.interpolate(picture[None].float(), size=scaled, mode="bilinear", antialias=True)[0]
-            picture = picture.round().clamp(0, 255).to(torch.uint8)
-        picture = F.pad(picture, (0, size - scaled[1], 0, size - scaled[0]), value=114)
-        objects = self.objects[image["id"]]
-        boxes = torch.tensor([box for box, _ in objects], dtype=torch.float32).reshape(-1, 4) * scale
-        labels = torch.tensor([label for _, label in objects], dtype=torch.int64)
-        return picture, {"boxes": boxes, "labels": labels, "image_id": image["id"], "scale": scale}
+        """As ``read``; the next picture that can be decoded stands in for one that cannot, and its target has the
+        ``findings``, which the loaders count."""
+        findings = []
+        for step in range(len(self)):
+            try:
+                picture, target = self.read((index + step) % len(self))
+            except Undecodable as error:
+                if self.on_bad == "refuse":
+                    raise DataError(str(error)) from error
+                findings.append(error.finding)
+                continue
+            if findings:
+                target["findings"] = findings
+            return picture, target
+        raise DataError(f"none of {len(self)} pictures can be decoded; {findings[0].where}: {findings[0].what}")
+
+
+class UnlabeledPictures(FolderPictures):
+    """All pictures of a folder and the folders below it, without annotations; targets are empty, ``unlabeled`` True.
+
+    Files without a picture's ending, and hidden ones, are passed over.
+
+    Args:
+        folder: where to look.
+        size, on_bad, hflip: as in :func:`open_pictures`.
+
+    Raises:
+        DataError: no such folder, no picture in it, or one of them is broken and ``on_bad`` is "refuse".
+    """
+
+    def __init__(self, folder: str | Path, size: Size, *, on_bad: str = "skip", hflip: float = 0.5) -> None:
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise DataError(f"{folder} is not a folder")
+        paths = sorted(
+            Path(place) / name
+            for place, _, names in os.walk(folder)
+            for name in names
+            if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
+        )
+        if not paths:
+            raise DataError(f"{folder} has no picture ({', '.join(sorted(SUFFIXES))}) in it or below")
+        records = [Record(path, number, str(path.relative_to(folder))) for number, path in enumerate(paths)]
+        digest = hashlib.sha256("\n".join(record.name for record in records).encode(errors="surrogateescape"))
+        listing = Listing(folder, records, [], digest.hexdigest())
+        super().__init__(listing, size=size, problems=Problems(), on_bad=on_bad, hflip=hflip)
+
+    def read(self, index: int) -> tuple[Tensor, dict]:
+        picture, target = super().read(index)
+        return picture, {**target, "unlabeled": True}
+
+
+def open_pictures(
+    paths: Iterable[str | Path] | str | Path,
+    split: str,
+    *,
+    size: Size,
+    on_bad: str = "skip",
+    classes: Iterable[str] | None = None,
+    hflip: float = 0.5,
+) -> FolderPictures:
+    """One split of one or more annotated folders, joined; in COCO's form, VOC's or that of ILSVRC's detection set.
+
+    Every file's header and every box are looked at now, no pixels. What is wrong is left out and counted in
+    ``problems`` (its text, ``str(problems)``, names the first of each kind); a file that turns out to be undecodable
+    while training is replaced by the next good one, counted and named once.
+
+    Args:
+        paths: folders. COCO: ``annotations/instances_<split>2017.json``, ``<split>2017/``. VOC: ``JPEGImages``,
+            ``Annotations``, ``ImageSets/Main/<split>.txt``, or ``VOCdevkit/VOC*`` with these, all years that have the
+            split. ILSVRC: ``Data/DET/<split>``, ``Annotations/DET/<split>``, ``ImageSets/DET/<split>.txt``.
+        split: "train", "val", "trainval", "test": as the files are named.
+        size: what pictures become.
+        on_bad: "skip", or "refuse": a DataError with the counts and the first of each kind; it also decodes every
+            picture once, which takes minutes for large sets, so that nothing can go wrong later.
+        classes: the ``category_names`` of the set that is trained on, where this is another split of it.
+        hflip: probability that training mirrors a picture.
+
+    Raises:
+        DataError: a folder of neither form, a file that is missing or not of its format, no usable picture, or
+            ``on_bad="refuse"`` and a problem.
+    """
+    problems, listings = Problems(), []
+    paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    if not paths:
+        raise DataError("no folder is given")
+    for path in map(Path, paths):
+        if not path.is_dir():
+            raise DataError(f"{path} is not a folder")
+        found = layouts(path, split)
+        if found:
+            listings += [read_voc(layout, problems) for layout in found]
+        elif is_coco(path, split):
+            listings.append(read_coco(path, split, problems))
+        else:
+            raise DataError(
+                f"{path} is no folder of COCO's form (annotations/instances_{split}2017.json, {split}2017/), of VOC's "
+                f"(JPEGImages/, Annotations/, ImageSets/Main/{split}.txt; or VOCdevkit/VOC*) or of ILSVRC's (Data/DET/)"
+            )
+    listing = joined(listings, classes, problems)
+    return FolderPictures(listing, size=size, problems=problems, on_bad=on_bad, hflip=hflip)
+
+
+def _document(records: list[Record], categories: list[tuple[int, str]]) -> dict[str, Any]:
+    annotations = []
+    for record in records:
+        for item in record.objects:
+            x1, y1, x2, y2 = item.box
+            entry = {
+                "id": len(annotations) + 1,  # not the file's: pycocotools takes 0 for "no match"
+                "image_id": record.id,
+                "category_id": item.category,
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "area": (x2 - x1) * (y2 - y1) if item.area is None else item.area,
+                "iscrowd": int(item.crowd or item.difficult),
+            }
+            annotations.append({**entry, "difficult": 1} if item.difficult else entry)
+    return {
+        "info": {},
+        "images": [{"id": r.id, "file_name": r.name, "width": r.width, "height": r.height} for r in records],
+        "annotations": annotations,
+        "categories": [{"id": number, "name": name} for number, name in categories],
+    }
 
 
 def coco_ground_truth(targets: list[dict], size: int, ids: list[int], names: list[str]) -> dict:
@@ -136,43 +270,3 @@ def coco_ground_truth(targets: list[dict], size: int, ids: list[int], names: lis
         "annotations": annotations,
         "categories": [{"id": i, "name": name} for i, name in zip(ids, names, strict=True)],
     }
-
-
-def write_coco_folder(root: str | Path, split: str, pictures: ScenePictures) -> None:
-    """Write a split of scenes as the COCO-format folder that ``CocoPictures`` (and ``--data-path``) reads."""
-    image = require("PIL.Image")
-    folder = Path(root) / f"{split}2017"
-    folder.mkdir(parents=True, exist_ok=True)
-    for entry, picture in zip(pictures.coco["images"], pictures.pictures, strict=True):
-        image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / entry["file_name"])
-    annotations = Path(root) / "annotations"
-    annotations.mkdir(exist_ok=True)
-    (annotations / f"instances_{split}2017.json").write_text(json.dumps(pictures.coco), encoding="utf-8")
-
-
-def collate(samples: list[tuple[Tensor, dict]]) -> tuple[Tensor, list[dict]]:
-    """Stack the pictures, keep the targets as a list."""
-    return torch.stack([picture for picture, _ in samples]), [dict(target) for _, target in samples]
-
-
-def to_device(pictures: Tensor, targets: list[dict], device: torch.device) -> tuple[Tensor, list[dict]]:
-    """Move a batch, and turn its pictures into float32 in [0, 1]."""
-    moved = [{**t, "boxes": t["boxes"].to(device), "labels": t["labels"].to(device)} for t in targets]
-    return pictures.to(device).float() / 255, moved
-
-
-def training_batches(
-    pictures: Dataset, steps: int, batch_size: int, seed: int, workers: int = 0
-) -> Iterator[tuple[Tensor, list[dict]]]:
-    """Exactly ``steps`` batches in a seeded order: one permutation of the pictures after the other."""
-    order = torch.Generator().manual_seed(seed)
-    sampler = RandomSampler(pictures, num_samples=steps * batch_size, generator=order)
-    # The loader draws its workers' base seed from this generator; without one it would move the global state.
-    seeds = torch.Generator().manual_seed(seed)
-    loader = DataLoader(pictures, batch_size, sampler=sampler, num_workers=workers, collate_fn=collate, generator=seeds)
-    return iter(loader)
-
-
-def evaluation_batches(pictures: Dataset, batch_size: int, workers: int = 0) -> DataLoader:
-    """All pictures once, in order."""
-    return DataLoader(pictures, batch_size, num_workers=workers, collate_fn=collate)
