@@ -11,11 +11,12 @@ box_iou = pytest.importorskip("torchvision.ops").box_iou
 from harness_parts import SMALL, batch, detector  # noqa: E402
 from torchvision.models.detection._utils import BoxCoder  # noqa: E402
 
-import kdkernels as kd  # noqa: E402
-from kdkernels.harness import Adapter, FrozenTeacher, data, shared_proposals, split, train  # noqa: E402
+from kdkernels.harness import Adapter, FrozenTeacher, data, shared_proposals, split  # noqa: E402
 from kdkernels.harness.detectors import Detector  # noqa: E402
-from kdkernels.harness.distill import Recipe, encode, gather_deltas  # noqa: E402
-from kdkernels.harness.settings import RecipeSettings, TrainSettings  # noqa: E402
+from kdkernels.harness.distill import Distillation, distilled  # noqa: E402
+from kdkernels.harness.proposals import encode, gather_deltas  # noqa: E402
+from kdkernels.harness.recipes import Setup, parse  # noqa: E402
+from kdkernels.harness.settings import TrainSettings  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -137,21 +138,23 @@ def test_different_classes_are_refused(scene_batch):
 # --- the step
 
 
-def recipe_of(teacher, channels=64, always=False):
-    return Recipe(FrozenTeacher(teacher), Adapter(channels, 64, 5, always=always), RecipeSettings(), base_size=16)
+def distillation_of(student, teacher, recipe="combined"):
+    kind = parse(recipe, "scenes")
+    return Distillation([kind.build(Setup(student, teacher))], FrozenTeacher(teacher), base_size=16, limit=64)
 
 
 def test_gradient_reaches_every_part_of_the_student_and_nothing_of_the_teacher(scene_batch):
     images, targets = scene_batch
     teacher, student = detector(width=0.5), detector(channels=32).train()
-    recipe = recipe_of(teacher, channels=32)
+    distillation = distillation_of(student, teacher)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    losses, told = train._distilled(student, recipe)(images, targets)
+    losses, told, noted = distilled(student, distillation)(images, targets, 0)
     assert all(torch.isfinite(loss) for loss in [*losses.values(), *told.values()])
     assert {name.partition("/")[0] for name in losses} == {"task", "distill"} and len(losses) == 5
     assert len(told) == 4 and torch.allclose(sum(told.values()), losses["distill"].detach())
+    assert "combined/masked_mse/foreground" in noted and "combined/pearson/P2" in noted
     sum(losses.values()).backward()
-    for name, parameter in [*student.named_parameters(), *recipe.named_parameters()]:
+    for name, parameter in [*student.named_parameters(), *distillation.named_parameters()]:
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
     assert not any(parameter.grad is not None for parameter in teacher.parameters())
     for name, value in teacher.state_dict().items():
@@ -169,13 +172,15 @@ def test_gradient_reaches_every_part_of_the_student_and_nothing_of_the_teacher(s
 )
 def test_each_distillation_loss_alone_reaches_its_parts(scene_batch, loss, parts):
     images, _ = scene_batch
-    student, recipe = detector().train(), recipe_of(detector(width=0.5))
+    student = detector().train()
+    distillation = distillation_of(student, detector(width=0.5))
     # The teacher's own proposals as objects: some rows are foreground whatever a random teacher proposes.
-    boxes = recipe.teacher.proposals(recipe.teacher.features(images))
+    boxes = distillation.teacher.proposals(distillation.teacher.features(images))
     targets = [{"boxes": b[:3].clone(), "labels": torch.tensor([1, 2, 3])} for b in boxes]
-    recipe.objective = kd.DetectionDistillationLoss(**{loss: recipe.objective.configured[loss]})
-    result = recipe(student, student.features(images), images, targets)
-    assert set(result.terms) == {loss}
+    (recipe,) = distillation.recipes
+    recipe.terms = {loss: recipe.terms[loss]}
+    result = distillation(distillation.step(student, images, targets))
+    assert set(result.terms) == {f"combined/{loss}"}
     result.total.backward()
     touched = [name for name, p in student.named_parameters() if p.grad is not None and p.grad.abs().max() > 0]
     for part in parts:
@@ -184,32 +189,63 @@ def test_each_distillation_loss_alone_reaches_its_parts(scene_batch, loss, parts
 
 def test_a_batch_without_objects_trains(scene_batch):
     images, targets = scene_batch
-    student, recipe = detector().train(), recipe_of(detector(width=0.5))
+    student = detector().train()
+    distillation = distillation_of(student, detector(width=0.5))
     empty = [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)} for _ in targets]
-    losses, told = train._distilled(student, recipe)(images, empty)
+    losses, told, _ = distilled(student, distillation)(images, empty, 0)
     total = sum(losses.values())
     total.backward()
-    assert torch.isfinite(total) and told["distill/bounded_regression"] == 0
+    assert torch.isfinite(total) and told["distill/combined/bounded_regression"] == 0
 
 
 def test_features_are_computed_once_per_step(scene_batch, monkeypatch):
     images, targets = scene_batch
     student, teacher = detector().train(), detector(width=0.5)
-    recipe = recipe_of(teacher)
-    calls = []
-    for name, module in (("student", student.model.backbone), ("teacher", teacher.model.backbone)):
-        forward = module.forward
-        monkeypatch.setattr(module, "forward", lambda x, name=name, forward=forward: calls.append(name) or forward(x))
-    train._distilled(student, recipe)(images, targets)
-    assert sorted(calls) == ["student", "teacher"]
+    for recipe in ("combined", "defeat:backbone=true"):
+        distillation = distillation_of(student, teacher, recipe)
+        calls = []
+        for name, module in (("student", student.model.backbone.body), ("teacher", teacher.model.backbone.body)):
+            forward = type(module).forward
+            monkeypatch.setattr(
+                module, "forward", lambda x, name=name, m=module, f=forward, calls=calls: calls.append(name) or f(m, x)
+            )
+        distilled(student, distillation)(images, targets, 0)
+        assert sorted(calls) == ["student", "teacher"]
 
 
-def test_split_measures_every_part_and_leaves_no_trace():
+def test_a_second_batch_without_labels_is_taught_by_the_teacher(scene_batch):
+    images, targets = scene_batch
+    student, teacher = detector().train(), detector(width=0.5)
+    recipe = parse("soft-labels").build(Setup(student, teacher, unlabeled=True))
+    distillation = Distillation([recipe], FrozenTeacher(teacher), base_size=16, limit=16)
+    asked = []
+    objective = distilled(student, distillation, unlabeled=lambda: asked.append(1) or images)
+    losses, told, _ = objective(images, targets, 0)
+    assert len(asked) == 1 and len(losses) == 5
+    assert {name.rpartition("/")[2] for name in told} == {
+        "soft_cross_entropy", "bounded_regression", "rpn_classes", "rpn_boxes"
+    }  # fmt: skip
+    torch.testing.assert_close(sum(told.values()), losses["distill"].detach())
+
+
+def test_gradient_norms_are_recorded_every_so_many_steps(scene_batch):
+    images, targets = scene_batch
+    student = detector().train()
+    objective = distilled(student, distillation_of(student, detector(width=0.5)), norms_every=2)
+    noted = [objective(images, targets, index).noted for index in range(3)]
+    names = {f"gradient norm at the features/combined/{term}" for term in ("pearson", "masked_mse")}
+    assert names <= set(noted[0]) and names <= set(noted[2]) and not names & set(noted[1])
+    assert all(noted[0][name] > 0 for name in names)
+
+
+@pytest.mark.parametrize("recipe", ["combined", "defeat:backbone=true,adapter=true", "hinton", "chen2017"])
+def test_split_measures_every_part_and_leaves_no_trace(recipe):
     pictures = data.ScenePictures(SMALL, "train")
-    student, recipe = detector().train(), recipe_of(detector(width=0.5))
+    student = detector().train()
+    distillation = distillation_of(student, detector(width=0.5), recipe)
     before = {name: value.clone() for name, value in student.state_dict().items()}
     settings = TrainSettings(batch_size=2)
-    parts = split.measure(student, recipe, pictures, settings, torch.device("cpu"), steps=2)
+    parts = split.measure(student, distillation, pictures, settings, torch.device("cpu"), steps=1)
     assert set(parts) == {"teacher", "student", "losses", "separate", "alone"} and all(
         seconds > 0 for seconds in parts.values()
     )
@@ -218,22 +254,26 @@ def test_split_measures_every_part_and_leaves_no_trace():
         assert torch.equal(value, before[name]), name
 
 
-def test_split_steps_with_the_same_gradient(scene_batch):
+@pytest.mark.parametrize("recipe", ["combined", "defeat:backbone=true,adapter=true", "hinton"])
+def test_split_steps_with_the_same_gradient(scene_batch, recipe):
     """The losses cut off the graph and joined again are the step that training takes."""
     images, targets = scene_batch
     teacher = detector(width=0.5)
     gradients = []
     for cut in (False, True):
-        student, recipe = detector(channels=32).train(), recipe_of(teacher, channels=32)
+        student = detector(channels=32).train()
+        distillation = distillation_of(student, teacher, recipe)
         torch.manual_seed(5)
-        for parameter in recipe.parameters():
+        for parameter in distillation.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
+        keys = split._asked_for(student, distillation, images, targets)
         torch.manual_seed(6)
         if cut:
-            split._step(student, recipe, split._TimedTeacher(teacher, lambda: 0.0), images, targets)
+            timed = split._TimedTeacher(distillation.teacher, lambda: 0.0)
+            split._step(student, distillation, timed, images, targets, keys)
         else:
-            sum(train._distilled(student, recipe)(images, targets).summed.values()).backward()
-        gradients.append([p.grad for p in [*student.parameters(), *recipe.parameters()]])
+            sum(distilled(student, distillation)(images, targets, 0).summed.values()).backward()
+        gradients.append([p.grad for p in [*student.parameters(), *distillation.parameters()]])
     for joined, whole in zip(gradients[1], gradients[0], strict=True):
         # the same sums in another order
         assert (joined - whole).abs().max() <= 1e-4 * whole.abs().max()

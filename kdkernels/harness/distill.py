@@ -1,12 +1,12 @@
-"""What a step of distillation adds to a detector's own losses: adapter, shared proposals, and the recipe of losses.
+"""What a step of distillation adds to a detector's own losses: recipes together, and their place in a training step.
 
-The losses are the library's objective. A recipe for other detectors or other losses is another class with the call of
-``Recipe``; ``Adapter`` and ``shared_proposals`` are public and work with any detector of the harness's protocol.
+Recipes whose terms do not collide and that compare the same tensors are one objective of the library's, so that the
+features are read once for all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,204 +14,233 @@ from torch import Tensor, nn
 
 import kdkernels as kd
 
-from .settings import RecipeSettings
+from .loop import Losses, Objective
+from .recipes import Recipe
+from .step import Step
 from .teacher import FrozenTeacher
 
 
-class Adapter(nn.Module):
-    """A 1 x 1 convolution per pyramid level, from the student's channels to the teacher's.
+class Distilled(NamedTuple):
+    """The distillation of one step. Names are ``recipe/term``."""
 
-    Only levels whose channels differ get one, unless ``always``; other levels pass through as they are, so an adapter
-    between equal pyramids has no parameters. Give its parameters to the optimiser together with the student's.
+    total: Tensor  #: 0-d, with the graph
+    terms: dict[str, Tensor]  #: weighted and detached; they add up to the total
+    details: dict[str, Tensor]  #: the same apart, by region and level, as far as the objective tells
+    gradient_norms: dict[str, Tensor]  #: squared, at the features; where they were asked for
+
+
+class Call(NamedTuple):
+    """A recipe's part of one step: what its objective is configured with, and called with."""
+
+    label: str
+    terms: Mapping[str, Mapping[str, Any]]
+    inputs: dict[str, Any]
+    factor: float
+
+
+class Distillation(nn.Module):
+    """Recipes between one student and one teacher. Its parameters are the recipes' adapters.
 
     Args:
-        student, teacher: channels of every level (an int), or of each level (a sequence).
-        levels: number of levels, where both are ints.
-        always: a convolution on every level, equal channels or not.
+        recipes: at least one.
+        teacher: stays out of this module's parameters and state.
+        base_size: boxes whose side (root of the area) is below twice this many pixels mark the finest level; each
+            doubling is one level up (``kd.masks``). Small pictures want a small one, or every box lands on that level.
+        limit: at most so many proposals of a picture.
+        steps, epoch_steps: of the whole run, and of one round through the pictures.
+        compile: whether the objectives are compiled, each as one graph.
 
     Raises:
-        ValueError: the two sequences, or ``levels``, disagree in length; a level count is missing.
+        ValueError: no recipe.
     """
 
     def __init__(
         self,
-        student: int | Sequence[int],
-        teacher: int | Sequence[int],
-        levels: int | None = None,
+        recipes: Sequence[Recipe],
+        teacher: FrozenTeacher,
         *,
-        always: bool = False,
+        base_size: float | None = None,
+        limit: int | None = None,
+        steps: int = 1,
+        epoch_steps: int = 1,
+        compile: bool = False,
     ) -> None:
         super().__init__()
-        lengths = {len(side) for side in (student, teacher) if not isinstance(side, int)}
-        lengths |= {levels} if levels is not None else set()
-        if len(lengths) != 1:
-            raise ValueError(f"student, teacher and levels must agree in one number of levels, got {sorted(lengths)}")
-        (count,) = lengths
-        pairs = zip(*([side] * count if isinstance(side, int) else side for side in (student, teacher)), strict=True)
-        self.levels = nn.ModuleList(
-            nn.Conv2d(inside, outside, 1) if always or inside != outside else nn.Identity() for inside, outside in pairs
+        if not recipes:
+            raise ValueError("recipes: expected at least one")
+        self.recipes, self.teacher = nn.ModuleList(recipes), teacher
+        self.base_size, self.limit, self.steps, self.epoch_steps = base_size, limit, steps, epoch_steps
+        self.compile = compile
+        names = [recipe.name for recipe in recipes]
+        self.labels = [n if names.count(n) == 1 else f"{n}-{names[: i + 1].count(n)}" for i, n in enumerate(names)]
+        self.needs_stages = any(recipe.needs_stages for recipe in recipes)
+        self.needs_unlabeled = any(recipe.needs_unlabeled for recipe in recipes)
+        self._objectives: dict[tuple[str, ...], kd.DetectionDistillationLoss] = {}
+        self._called: dict[tuple[str, ...], Callable[..., kd.DistillationResult]] = {}
+
+    def step(
+        self, student: Any, images: Tensor, targets: list[dict], index: int = 0, *, unlabeled: bool = False
+    ) -> Step:
+        """A step whose student features are computed here, once for the detector's own losses and all recipes."""
+        stages = student.stages(images) if self.needs_stages else None
+        features = student.features(images) if stages is None else student.neck(stages)
+        return Step(
+            student,
+            self.teacher,
+            images,
+            targets,
+            features,
+            stages,
+            base_size=self.base_size,
+            limit=self.limit,
+            index=index,
+            steps=self.steps,
+            epoch_steps=self.epoch_steps,
+            unlabeled=unlabeled,
         )
 
-    def forward(self, features: Mapping[str, Tensor] | Sequence[Tensor]) -> Any:
-        """Adapt every level; a mapping comes back as a dict with its names, a sequence as a list."""
-        values = list(features.values()) if isinstance(features, Mapping) else list(features)
-        if len(values) != len(self.levels):
-            raise ValueError(f"features has {len(values)} levels, the adapter was built for {len(self.levels)}")
-        adapted = [level(value) for level, value in zip(self.levels, values, strict=True)]
-        return dict(zip(features, adapted, strict=True)) if isinstance(features, Mapping) else adapted
+    def forward(self, step: Step, *, together: bool = True, norms: bool = False) -> Distilled:
+        """The distillation losses of a step.
+
+        Args:
+            together: False calls an objective per term, each of which reads the features again: for comparison.
+            norms: whether the terms of features tell their gradients' squared norms.
+        """
+        calls, terms = [], {}
+        total = torch.zeros((), device=step.images.device)
+        for label, recipe in zip(self.labels, self.recipes, strict=True):
+            factor = recipe.factor(step)
+            if factor == 0 or (step.unlabeled and not recipe.needs_unlabeled):
+                continue
+            if recipe.terms:
+                calls.append(Call(label, recipe.terms, recipe.inputs(step), factor))
+            for name, value in recipe.extra(step).items():
+                value = value if factor == 1 else factor * value
+                terms[f"{label}/{name}"] = value.detach()
+                total = total + value
+        details: dict[str, Tensor] = {}
+        found: dict[str, Tensor] = {}
+        for group in grouped(calls) if together else [[one] for call in calls for one in apart(call)]:
+            owner = {term: call.label for call in group for term in call.terms}
+            result = self._objective(group, norms)(
+                **{key: value for call in group for key, value in call.inputs.items()},
+                loss_weights=_weights(group, step.images.device),
+            )
+            total = total + result.total
+            terms |= {f"{owner[name]}/{name}": value for name, value in result.terms.items()}
+            details |= {f"{owner[name.partition('/')[0]]}/{name}": value for name, value in result.details.items()}
+            found |= {f"{owner[name.partition('/')[0]]}/{name}": x for name, x in result.gradient_norms.items()}
+        return Distilled(total, terms, details, found)
+
+    def task_weight(self, loss: str, step: Step) -> float:
+        """What a loss of the detector's own is multiplied by."""
+        weight = 1.0
+        for recipe in self.recipes:
+            weight *= recipe.task_weight(loss, step)
+        return weight
+
+    def _objective(self, group: list[Call], norms: bool) -> Callable[..., kd.DistillationResult]:
+        key = tuple(f"{call.label}/{term}" for call in group for term in call.terms)
+        if key not in self._objectives:
+            config = {name: keywords for call in group for name, keywords in call.terms.items()}
+            device = next(x.device for x in _tensors(group[0].inputs))
+            objective = kd.DetectionDistillationLoss(**config).to(device)
+            self._objectives[key] = objective
+            self._called[key] = torch.compile(objective, fullgraph=True) if self.compile else objective
+        self._objectives[key].gradient_norms = norms
+        return self._called[key]
 
 
-class SharedProposals(NamedTuple):
-    """Rows of the teacher's proposals through both heads; row i is the same box of the same picture in each field."""
-
-    student_logits: Tensor  #: (K, classes + 1), with a graph
-    teacher_logits: Tensor  #: (K, classes + 1)
-    student_deltas: Tensor  #: (K, 4), the deltas of the row's label; with a graph
-    teacher_deltas: Tensor  #: (K, 4)
-    target_deltas: Tensor  #: (K, 4), from proposal to the ground-truth box it matches; 0 for background
-    labels: Tensor  #: int64 (K,), 0 for background
-    proposals: list[Tensor]  #: the boxes, one tensor per picture
-
-    @property
-    def foreground(self) -> Tensor:
-        """bool (K,): the rows that match an object."""
-        return self.labels > 0
+#: Inputs that all terms of the same rows take where they are given: calls with and without one are not the same.
+_WEIGHTS = {"row_weight": "student_logits", "delta_weight": "student_deltas"}
 
 
-def shared_proposals(
-    student: Any,
-    teacher: FrozenTeacher,
-    student_features: Any,
-    teacher_features: Any,
-    targets: list[dict[str, Tensor]],
-    *,
-    limit: int | None = None,
-    iou: float = 0.5,
-    box_weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0),
-) -> SharedProposals:
-    """Send the teacher's proposals through both heads, so that every row compares the same box (DeFeat, Chen 2017).
+def grouped(calls: Sequence[Call]) -> list[list[Call]]:
+    """Calls that can be one: no term of one is a term of another, and what both are given is the same object."""
+    groups: list[list[Call]] = []
+    for call in calls:
+        for group in groups:
+            if all(_fit(call, other) for other in group):
+                group.append(call)
+                break
+        else:
+            groups.append([call])
+    return groups
 
-    Labels are the teacher's proposals' own: matched here against the ground truth, never taken from what the student's
-    sampler drew, whose rows would not correspond.
+
+def _fit(call: Call, other: Call) -> bool:
+    mine, theirs = call.inputs, other.inputs
+    shared = mine.keys() & theirs.keys()
+    same = all(mine[key] is theirs[key] for key in shared)
+    weighted = all(mine.get(weight) is theirs.get(weight) for weight, rows in _WEIGHTS.items() if rows in shared)
+    return same and weighted and not call.terms.keys() & other.terms.keys()
+
+
+def apart(call: Call) -> list[Call]:
+    """A call per term."""
+    return [call._replace(terms={name: keywords}) for name, keywords in call.terms.items()]
+
+
+def _weights(group: list[Call], device: torch.device) -> dict[str, Tensor] | None:
+    """What the configured weights become at this step. On the device, so that a compiled graph stays the same."""
+    changed = {
+        name: torch.tensor(call.factor * keywords.get("loss_weight", 1.0), device=device)
+        for call in group
+        if call.factor != 1
+        for name, keywords in call.terms.items()
+    }
+    return changed or None
+
+
+def _tensors(inputs: Mapping[str, Any]) -> list[Tensor]:
+    return [x for x in torch.utils._pytree.tree_leaves(list(inputs.values())) if isinstance(x, Tensor)]
+
+
+def distilled(
+    student: Any, distillation: Distillation, *, norms_every: int = 0, unlabeled: Callable[[], Tensor] | None = None
+) -> Objective:
+    """The objective of a distilled student: its own losses and the recipes', from features computed once.
 
     Args:
-        student: a detector with ``head``.
-        teacher: a frozen teacher with ``proposals`` and ``head``.
-        student_features, teacher_features: what each detector's ``features`` gave for the same pictures.
-        targets: per picture ``boxes`` (n, 4) in the pixels of the pictures and ``labels`` (n,), from 1.
-        limit: at most this many proposals of a picture, the best ones.
-        iou: overlap from which a proposal belongs to an object.
-        box_weights: factors on the deltas (x, y, w, h); they must be those of both detectors' box coders.
-
-    Raises:
-        ValueError: the two heads differ in their number of classes, or ``targets`` in its number of pictures.
-    """
-    from torchvision.ops import box_iou
-
-    proposals = [boxes[:limit] for boxes in teacher.proposals(teacher_features)]
-    if len(proposals) != len(targets):
-        raise ValueError(f"targets is for {len(targets)} pictures, the teacher's features are for {len(proposals)}")
-    teacher_logits, teacher_all = teacher.head(teacher_features, proposals)
-    student_logits, student_all = student.head(student_features, proposals)
-    if student_logits.shape != teacher_logits.shape:
-        raise ValueError(
-            f"student and teacher must have the same classes, got logits {tuple(student_logits.shape)} and "
-            f"{tuple(teacher_logits.shape)}"
-        )
-    labels, deltas = [], []
-    for boxes, target in zip(proposals, targets, strict=True):
-        truth = target["boxes"].to(boxes)
-        if len(truth) == 0:
-            labels.append(torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device))
-            deltas.append(torch.zeros_like(boxes))
-            continue
-        overlap, index = box_iou(boxes, truth).max(dim=1)
-        inside = overlap >= iou
-        labels.append(torch.where(inside, target["labels"][index], 0))
-        deltas.append(torch.where(inside[:, None], encode(boxes, truth[index], box_weights), 0.0))
-    label = torch.cat(labels)
-    return SharedProposals(
-        student_logits,
-        teacher_logits,
-        gather_deltas(student_all, label),
-        gather_deltas(teacher_all, label),
-        torch.cat(deltas),
-        label,
-        proposals,
-    )
-
-
-def gather_deltas(deltas: Tensor, labels: Tensor) -> Tensor:
-    """The four deltas of each row's label from ``(K, 4 * classes)``; ``(K, 4)`` (class-agnostic) as it is."""
-    if deltas.shape[1] == 4:
-        return deltas
-    index = labels[:, None, None].expand(-1, 1, 4)
-    return deltas.unflatten(1, (-1, 4)).gather(1, index).squeeze(1)
-
-
-def encode(boxes: Tensor, truth: Tensor, weights: Sequence[float]) -> Tensor:
-    """Deltas that turn ``boxes`` into ``truth`` (R-CNN's parametrisation): shifts over size, logs of size ratios."""
-    size, wanted = boxes[:, 2:] - boxes[:, :2], truth[:, 2:] - truth[:, :2]
-    shift = ((truth[:, :2] + truth[:, 2:]) - (boxes[:, :2] + boxes[:, 2:])) / 2 / size
-    return torch.cat([shift, (wanted / size).log()], dim=1) * boxes.new_tensor(weights)
-
-
-class Recipe(nn.Module):
-    """The distillation losses of one step: masked MSE and Pearson on the pyramid, decoupled KL and bound on the heads.
-
-    Args:
-        teacher: the frozen teacher; it stays out of this module's parameters and state.
-        adapter: from the student's channels to the teacher's.
-        settings: weights and temperatures.
-        base_size: boxes whose side (root of the area) is below twice this many pixels mark the finest level; each
-            doubling is one level up (``kd.masks``). Small pictures want a small one, or every box lands on that level.
+        norms_every: every so many steps the gradient norms at the features are recorded; 0: never.
+        unlabeled: gives a batch of pictures without ground truth, for recipes that ask for one.
     """
 
-    def __init__(self, teacher: FrozenTeacher, adapter: Adapter, settings: RecipeSettings, base_size: float) -> None:
-        super().__init__()
-        self.teacher, self.adapter, self.settings, self.base_size = teacher, adapter, settings, base_size
-        self.objective = kd.DetectionDistillationLoss(
-            pearson={"loss_weight": settings.pearson},
-            masked_mse={"foreground_weight": settings.mse_foreground, "background_weight": settings.mse_background},
-            decoupled_kl={
-                "foreground_weight": settings.kl_foreground,
-                "background_weight": settings.kl_background,
-                "foreground_temperature": settings.foreground_temperature,
-                "background_temperature": settings.background_temperature,
-            },
-            # Smooth L1 is already among the detector's own losses. The divisor stays the number of all rows, as in
-            # torchvision's box loss.
-            bounded_regression={
-                "margin": settings.margin,
-                "bound_weight": settings.bound,
-                "smooth_l1_weight": 0.0,
-                "gate": "row",
-            },
-        )
+    def objective(images: Tensor, targets: list[dict], index: int) -> Losses:
+        norms = norms_every > 0 and index % norms_every == 0
+        step = distillation.step(student, images, targets, index)
+        own = student.losses(step.features, targets)
+        losses = {}
+        for name, value in own.items():
+            weight = distillation.task_weight(name, step)
+            losses[f"task/{name}"] = value if weight == 1 else weight * value
+        found = distillation(step, norms=norms)
+        total, terms = found.total, found.terms
+        if unlabeled is not None and distillation.needs_unlabeled:
+            pictures = unlabeled()
+            nothing = [_nothing(pictures.device) for _ in pictures]
+            more = distillation(distillation.step(student, pictures, nothing, index, unlabeled=True))
+            total, terms = total + more.total, terms | more.terms
+        noted = dict(found.details)
+        noted |= {f"gradient norm at the features/{name}": x.sqrt() for name, x in found.gradient_norms.items()}
+        return Losses({**losses, "distill": total}, {f"distill/{name}": x for name, x in terms.items()}, noted)
 
-    def forward(self, student: Any, features: Any, images: Tensor, targets: list[dict]) -> kd.DistillationResult:
-        """The objective; ``features`` are the student's, computed once for all losses."""
-        wanted = self.teacher.features(images)
-        rows = shared_proposals(student, self.teacher, features, wanted, targets, limit=self.settings.proposals)
-        return self.objective(**self.inputs(features, wanted, rows, targets))
+    return objective
 
-    def inputs(self, features: Any, wanted: Any, rows: SharedProposals, targets: list[dict]) -> dict[str, Any]:
-        """What the objective compares, from what student and teacher have made of the pictures."""
-        adapted, wanted = list(self.adapter(features).values()), list(wanted.values())
-        sizes = [tuple(level.shape[-2:]) for level in wanted]
-        strides = [4 * 2**level for level in range(len(sizes))]
-        masks = kd.masks.ground_truth_masks(
-            [target["boxes"] for target in targets], sizes, strides, base_size=self.base_size
-        )
-        return {
-            "student_features": adapted,
-            "teacher_features": wanted,
-            "masks": masks,
-            "student_logits": rows.student_logits,
-            "teacher_logits": rows.teacher_logits,
-            "foreground": rows.foreground,
-            "student_deltas": rows.student_deltas,
-            "teacher_deltas": rows.teacher_deltas,
-            "target_deltas": rows.target_deltas,
-            "delta_weight": rows.foreground.float(),  # only rows with an object have a target
-        }
+
+def alone(detector: Any) -> Objective:
+    """The objective of a detector alone: its own losses."""
+
+    def objective(images: Tensor, targets: list[dict], index: int) -> Losses:
+        losses = detector.losses(detector.features(images), targets)
+        return Losses({f"task/{name}": value for name, value in losses.items()})
+
+    return objective
+
+
+def _nothing(device: torch.device) -> dict[str, Tensor]:
+    """The targets of a picture without ground truth."""
+    return {
+        "boxes": torch.zeros(0, 4, device=device),
+        "labels": torch.zeros(0, dtype=torch.int64, device=device),
+    }

@@ -27,9 +27,11 @@ class Losses(NamedTuple):
 
     summed: dict[str, Tensor]  #: by name, each with its graph; their sum is what is trained
     told: dict[str, Tensor] = {}  #: what is recorded in place of "distill": its terms, detached
+    noted: dict[str, Tensor] = {}  #: what is recorded beside them: regions, levels, gradient norms
 
 
-Objective = Callable[[Tensor, list[dict]], Losses]
+#: Pictures and targets of a batch, and the number of the step, from 0, to losses.
+Objective = Callable[[Tensor, list[dict], int], Losses]
 
 
 class TrainingError(RuntimeError):
@@ -109,7 +111,7 @@ def fit(
         batches = training_batches(pictures, settings.steps, settings.batch_size, settings.seed, settings.workers)
         for step, batch in enumerate(batches, start=1):
             images, targets = to_device(*batch, device)
-            losses = objective(images, targets)
+            losses = objective(images, targets, step - 1)
             total = sum(losses.summed.values())
             optimizer.zero_grad(set_to_none=True)
             total.backward()
@@ -118,9 +120,11 @@ def fit(
             lr = schedule.get_last_lr()[0]
             schedule.step()
             named = {**losses.summed, **losses.told, "total": total}
+            named |= {f"noted {name}": value for name, value in losses.noted.items()}
             values = dict(zip(named, torch.stack([value.detach() for value in named.values()]).tolist(), strict=True))
             seconds = time.perf_counter() - begin
             loss = values.pop("total")
+            noted = {name: values.pop(f"noted {name}") for name in losses.noted}
             if losses.told:
                 values.pop("distill")
             if not math.isfinite(loss):
@@ -129,7 +133,7 @@ def fit(
             run.step_seconds.append(seconds)
             run.task_loss.append(sum(v for key, v in values.items() if key.startswith("task/")))
             entry = {"loss": loss, "losses": values, "lr": lr, "grad_norm": float(norm), "seconds": seconds}
-            progress.record(kind="step", run=name, step=step, **entry)
+            progress.record(kind="step", run=name, step=step, **entry, **({"details": noted} if noted else {}))
             task.advance(step, f"loss {loss:.3f}  {1000 * run.median_step:.0f} ms/step")
             factor = slowed(run.step_seconds)
             if factor is not None and not warned:

@@ -9,42 +9,88 @@ import torch
 from torch import nn
 
 from .data import collate, to_device
+from .detectors import Cost, cost
+from .evaluate import Evaluator, voc_ap
 from .extras import require
 from .loop import Run
-from .progress import Progress
 from .split import PARTS
 
 #: One colour per run, the same in both pictures; told apart by the colour-blind too (Okabe and Ito).
-COLOURS = {"teacher": "#000000", "alone": "#0072B2", "alone, equal time": "#56B4E9", "distilled": "#D55E00"}
-ORDER = ("alone", "alone, equal time", "distilled")
+COLOURS = {
+    "teacher": "#000000",
+    "alone": "#0072B2",
+    "alone, equal time": "#56B4E9",
+    "inherited": "#009E73",
+    "distilled": "#D55E00",
+}
+ORDER = ("alone", "alone, equal time", "inherited", "distilled")
 
 
 def write(
     folder: Path,
     *,
-    teacher: tuple[nn.Module, Run],
-    students: dict[str, nn.Module],
-    runs: dict[str, Run],
+    teacher: tuple[nn.Module, Run | None],
+    students: dict[str, Any],
     parts: dict[str, float],
-    val: Any,
-    device: torch.device,
-    progress: Progress,
+    job: Any,
     seconds: float,
 ) -> None:
-    """Write everything to ``folder`` and print the table."""
-    everything = {"teacher": teacher[1], **{name: runs[name] for name in ORDER}}
+    """Write everything to ``folder`` and print the table.
+
+    ``students`` are by name what :meth:`kdkernels.harness.job.Job.student` returned; ``job`` has the pictures.
+    """
+    progress, options = job.progress, job.options
+    runs = {name: students[name].run for name in ORDER if name in students}
+    everything = {**({"teacher": teacher[1]} if teacher[1] is not None else {}), **runs}
     for name, run in everything.items():
-        progress.record(kind="result", **row(name, run), pictures=len(val))
+        progress.record(kind="result", **row(name, run), pictures=len(job.val))
     progress.record(kind="step_split", **parts)
-    weights = folder / "students.pt"
-    states = {name: student.state_dict() for name, student in students.items()}
-    torch.save({name: {k: v.cpu() for k, v in state.items()} for name, state in states.items()}, weights)
+    detectors = {name: student.detector for name, student in students.items()}
+    weights = save(folder, students)
+    costs = {
+        name: cost(x, options.image_size) for name, x in (("teacher", teacher[0]), ("student", detectors["alone"]))
+    }
+    for name, found in costs.items():
+        progress.record(kind="cost", detector=name, **found._asdict())
+    extra = _extra_scores(job, detectors)
+    for entry in extra:
+        progress.record(kind="extra_score", **entry)
     curves(folder / "curves.png", everything)
-    shown = {"teacher": teacher[0], "student alone": students["alone"], "student distilled": students["distilled"]}
-    detections(folder / "detections.png", shown, val, device)
+    shown = {"teacher": teacher[0], "student alone": detectors["alone"], "student distilled": detectors["distilled"]}
+    detections(folder / "detections.png", shown, job.val, job.device)
     progress.record(kind="end", seconds=seconds)
-    print(table(everything, parts, len(val)))
-    print(f"\n{seconds:.0f} s in all. In {folder}: metrics.jsonl, curves.png, detections.png, {weights.name}")
+    print(table(everything, parts, len(job.val), costs))
+    for entry in extra:
+        print(f"{entry['what']}, {entry['run']}: {entry['score']:.3f}")
+    names = ", ".join(["metrics.jsonl", "curves.png", "detections.png", *weights])
+    print(f"\n{seconds:.0f} s in all. In {folder}: {names}")
+
+
+def save(folder: Path, students: dict[str, Any]) -> list[str]:
+    """The students' weights, and apart from them the adapters', which nobody needs to run a student."""
+    states = {name: student.detector.state_dict() for name, student in students.items()}
+    torch.save({name: {k: v.cpu() for k, v in state.items()} for name, state in states.items()}, folder / "students.pt")
+    adapters = {n: s.distillation.state_dict() for n, s in students.items() if s.distillation is not None}
+    adapters = {name: {k: v.cpu() for k, v in state.items()} for name, state in adapters.items() if state}
+    if not adapters:
+        return ["students.pt"]
+    torch.save(adapters, folder / "adapters.pt")
+    return ["students.pt", "adapters.pt"]
+
+
+def _extra_scores(job: Any, detectors: dict[str, nn.Module]) -> list[dict[str, Any]]:
+    """Scores that flags ask for: on training pictures, and by VOC's rules."""
+    options, found = job.options, []
+    for name, detector in detectors.items():
+        if options.voc_ap:
+            score = voc_ap(job.evaluator.detect(detector), job.val.coco)
+            found.append({"what": "VOC mAP", "run": name, "score": score.mean_ap})
+        if options.eval_train:
+            size = options.training.batch_size * 2
+            seen = Evaluator(job.train, size, job.device, options.training.workers, limit=options.eval_train)
+            score = seen(detector).mean_ap
+            found.append({"what": f"mAP on {len(seen)} training pictures", "run": name, "score": score})
+    return found
 
 
 def row(name: str, run: Run) -> dict[str, Any]:
@@ -58,7 +104,7 @@ def row(name: str, run: Run) -> dict[str, Any]:
     }
 
 
-def table(runs: dict[str, Run], parts: dict[str, float], pictures: int) -> str:
+def table(runs: dict[str, Run], parts: dict[str, float], pictures: int, costs: dict[str, Cost]) -> str:
     """The text that a run ends with: every row, the split of a distilled step, and what the numbers are worth."""
     lines = [f"{'':<28}{'seed':>6}{'steps':>8}{'seconds':>10}{'mAP':>9}{'AP50':>9}"]
     for name, run in runs.items():
@@ -71,10 +117,15 @@ def table(runs: dict[str, Run], parts: dict[str, float], pictures: int) -> str:
         )
     whole = sum(parts[part] for part in PARTS)
     split = ", ".join(f"{part} {1000 * parts[part]:.0f} ms ({parts[part] / whole:.0%})" for part in PARTS)
+    sizes = [
+        f"{name}: {x.parameters / 1e6:.2f} million parameters, {x.gflops:.2f} GFLOPs, {x.milliseconds:.1f} ms a picture"
+        for name, x in costs.items()
+    ]
     return "\n".join(
         [
             *lines,
             "",
+            *sizes,
             f"A distillation step: {split}; a step alone {1000 * parts['alone']:.0f} ms.",
             f"The losses by one call each instead of the objective: {1000 * parts['separate']:.0f} ms, "
             f"{parts['separate'] / parts['losses']:.2f} times as long.",

@@ -1,4 +1,4 @@
-"""The settings of scenes, detectors, training and recipe, with the values that the main job uses. Nothing but numbers.
+"""The settings of scenes, detectors and training, with the values that the main job uses. Nothing but numbers.
 
 The defaults are for pictures of 160 pixels and two CPU cores; ``kdkernels.harness.flags`` changes what a flag can.
 """
@@ -95,23 +95,3 @@ class TrainSettings:
     seed: int = 0
     evaluations: int = 4
     workers: int = 0
-
-
-@dataclass(frozen=True)
-class RecipeSettings:
-    """Weights of the distillation losses: the preset ``scenes``, chosen for the composed scenes and AdamW.
-
-    The papers' own weights (PKD 6, DeFeat 4 / 16, KL .05 / 2 at T 3 / 1) do worse here than no distillation: Adam
-    hardly sees the scale of a loss, and a large feature term crowds out the task.
-    """
-
-    pearson: float = 2.0
-    mse_foreground: float = 0.5
-    mse_background: float = 0.5
-    kl_foreground: float = 1.0
-    kl_background: float = 1.0
-    foreground_temperature: float = 2.0
-    background_temperature: float = 1.0
-    bound: float = 0.5
-    margin: float = 0.0
-    proposals: int = 64

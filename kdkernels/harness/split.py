@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-import kdkernels as kd
-
 from .data import to_device, training_batches
-from .distill import Recipe, shared_proposals
+from .distill import Distillation
 from .settings import TrainSettings
 from .teacher import FrozenTeacher
 
@@ -23,7 +21,7 @@ PARTS = ("teacher", "student", "losses")
 
 def measure(
     student: nn.Module,
-    recipe: Recipe,
+    distillation: Distillation,
     pictures: Dataset,
     settings: TrainSettings,
     device: torch.device,
@@ -40,18 +38,21 @@ def measure(
     before = {name: value.clone() for name, value in student.state_dict().items()}
     times: dict[str, list[float]] = {part: [] for part in (*PARTS, "separate", "alone")}
     clock = _clock(device)
-    teacher = _TimedTeacher(recipe.teacher.detector, clock)
+    teacher = _TimedTeacher(distillation.teacher, clock)
+    keys: list[Hashable] | None = None
     student.train()
     for batch in training_batches(pictures, steps + 2, settings.batch_size, settings.seed, settings.workers):
         images, targets = to_device(*batch, device)
-        for part, seconds in _step(student, recipe, teacher, images, targets).items():
+        if keys is None:
+            keys = _asked_for(student, distillation, images, targets)
+        for part, seconds in _step(student, distillation, teacher, images, targets, keys).items():
             times[part].append(seconds)
         # In turn with the other, so that whatever else the machine does weighs on both alike.
         begin = clock()
         sum(student.losses(student.features(images), targets).values()).backward()
         times["alone"].append(clock() - begin)
     student.zero_grad(set_to_none=True)
-    recipe.zero_grad(set_to_none=True)
+    distillation.zero_grad(set_to_none=True)
     student.load_state_dict(before)
     return {part: statistics.median(values[2:]) for part, values in times.items()}
 
@@ -59,8 +60,8 @@ def measure(
 class _TimedTeacher(FrozenTeacher):
     """A frozen teacher that adds up the seconds of its own calls."""
 
-    def __init__(self, detector: nn.Module, clock: Callable[[], float]) -> None:
-        super().__init__(detector)
+    def __init__(self, teacher: FrozenTeacher, clock: Callable[[], float]) -> None:
+        super().__init__(teacher.detector, teacher.dtype)
         self.clock, self.seconds = clock, 0.0
 
     def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -71,38 +72,50 @@ class _TimedTeacher(FrozenTeacher):
 
 
 def _step(
-    student: nn.Module, recipe: Recipe, teacher: _TimedTeacher, images: Tensor, targets: list[dict]
+    student: nn.Module,
+    distillation: Distillation,
+    teacher: _TimedTeacher,
+    images: Tensor,
+    targets: list[dict],
+    keys: list[Hashable],
 ) -> dict[str, float]:
     clock, teacher.seconds = teacher.clock, 0.0
     begin = clock()
-    features = student.features(images)
-    own = sum(student.losses(features, targets).values())
-    wanted = teacher.features(images)
-    rows = shared_proposals(student, teacher, features, wanted, targets, limit=recipe.settings.proposals)
-    outputs = [*features.values(), rows.student_logits, rows.student_deltas]
-    copies = [output.detach().requires_grad_() for output in outputs]
-    levels = dict(zip(features, copies[:-2], strict=True))
-    cut = rows._replace(student_logits=copies[-2], student_deltas=copies[-1])
+    step = distillation.step(student, images, targets)
+    step.teacher = teacher
+    losses = student.losses(step.features, targets)
+    own = sum(distillation.task_weight(name, step) * value for name, value in losses.items())
+    _ = step.teacher_features
+    step.prefetch(keys)
+    cut, leaves = step.cut()
     before_losses = clock()
-    recipe.objective(**recipe.inputs(levels, wanted, cut, targets)).total.backward()
+    distillation(cut).total.backward()
     after_losses = clock()
-    torch.autograd.backward([own, *outputs], [None, *(copy.grad for copy in copies)])
-    whole, losses = clock() - begin, after_losses - before_losses
-    apart = [kd.DetectionDistillationLoss(**{name: terms}) for name, terms in recipe.objective.configured.items()]
-    found = [(parameter, parameter.grad) for parameter in recipe.parameters()]
-    recipe.zero_grad(set_to_none=True)
+    reached = [(output, leaf.grad) for output, leaf in leaves if leaf.grad is not None]
+    torch.autograd.backward([own, *(x for x, _ in reached)], [None, *(grad for _, grad in reached)])
+    whole, losses_seconds = clock() - begin, after_losses - before_losses
+    found = [(parameter, parameter.grad) for parameter in distillation.parameters()]
+    distillation.zero_grad(set_to_none=True)
+    again, _ = step.cut()
     before_separate = clock()
-    inputs = recipe.inputs(levels, wanted, cut, targets)
-    sum(term(**inputs).total for term in apart).backward()
+    distillation(again, together=False).total.backward()
     separate = clock() - before_separate
     for parameter, grad in found:  # a step has one backward of the losses
         parameter.grad = grad
     return {
         "teacher": teacher.seconds,
-        "student": whole - losses - teacher.seconds,
-        "losses": losses,
+        "student": whole - losses_seconds - teacher.seconds,
+        "losses": losses_seconds,
         "separate": separate,
     }
+
+
+def _asked_for(student: nn.Module, distillation: Distillation, images: Tensor, targets: list[dict]) -> list[Hashable]:
+    """What the recipes ask of a step, found by asking once."""
+    with torch.no_grad():
+        step = distillation.step(student, images, targets)
+        distillation(step)
+    return list(step.found)
 
 
 def _clock(device: torch.device) -> Callable[[], float]:

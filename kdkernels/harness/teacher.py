@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 
 class FrozenTeacher(nn.Module):
@@ -21,21 +23,27 @@ class FrozenTeacher(nn.Module):
     * ``to()``, ``cuda()``, ``half()`` move it with the module that holds it.
 
     Args:
-        detector: any module; ``features``, ``proposals``, ``head`` and ``detect`` are served where it has them. It is
-            held, not copied, and frozen in place.
+        detector: any module; what the harness's protocol asks of a detector is served where it has it. It is held, not
+            copied, and frozen in place. ``features`` runs no head: a recipe of feature losses pays for no more.
+        dtype: None, or what the teacher computes in under autocast, ``torch.bfloat16`` or ``torch.float16``: half the
+            time where the device has units for it. Features, logits and deltas then come in that dtype.
 
     Raises:
         TypeError: ``detector`` is not an ``nn.Module``.
+        ValueError: another dtype.
 
     Example:
         >>> student.teacher = FrozenTeacher(teacher)      # no new key in student.state_dict()
         >>> features = student.teacher.features(images)   # eval mode, no graph
     """
 
-    def __init__(self, detector: nn.Module) -> None:
+    def __init__(self, detector: nn.Module, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         if not isinstance(detector, nn.Module):
             raise TypeError(f"detector must be an nn.Module, got {type(detector).__name__}")
+        if dtype not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype: expected None, torch.bfloat16 or torch.float16, got {dtype}")
+        self.dtype = dtype
         detector.requires_grad_(False)
         detector.eval()
         # Past nn.Module.__setattr__, which would register it as a child.
@@ -50,6 +58,14 @@ class FrozenTeacher(nn.Module):
         """The detector's features of ``images``, without a graph."""
         return self._call(self._detector.features, images)
 
+    def stages(self, images: Any) -> Any:
+        """The stages of the detector's backbone."""
+        return self._call(self._detector.stages, images)
+
+    def neck(self, stages: Any) -> Any:
+        """The detector's features from its stages."""
+        return self._call(self._detector.neck, stages)
+
     def proposals(self, features: Any) -> list[Tensor]:
         """The detector's proposals, one ``(n, 4)`` tensor per picture."""
         return self._call(self._detector.proposals, features)
@@ -57,6 +73,14 @@ class FrozenTeacher(nn.Module):
     def head(self, features: Any, proposals: list[Tensor]) -> tuple[Tensor, Tensor]:
         """The detector's class logits and box deltas of ``proposals``."""
         return self._call(self._detector.head, features, proposals)
+
+    def dense(self, features: Any) -> Any:
+        """The detector's predictions of its anchors."""
+        return self._call(self._detector.dense, features)
+
+    def anchors(self, features: Any) -> list[Tensor]:
+        """The anchors of each level."""
+        return self._call(self._detector.anchors, features)
 
     def detect(self, images: Any) -> list[dict[str, Tensor]]:
         """The detector's final boxes, as in evaluation."""
@@ -75,8 +99,15 @@ class FrozenTeacher(nn.Module):
     def _call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if any(module.training for module in self._detector.modules()):
             self._detector.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self._precision(args):
             return function(*args, **kwargs)
+
+    def _precision(self, args: tuple[Any, ...]) -> contextlib.AbstractContextManager:
+        if self.dtype is None:
+            return contextlib.nullcontext()
+        tensors = (x for x in pytree.tree_leaves(args) if isinstance(x, Tensor))
+        device = next((x.device.type for x in tensors), "cpu")
+        return torch.autocast(device, self.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenTeacher:
         super()._apply(fn, recurse)

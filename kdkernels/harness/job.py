@@ -1,0 +1,265 @@
+"""The trainings of one run, on one set of pictures: the teacher's, from disk or trained here, and any student's.
+
+What is trained in which order, and what is shown of it, is the business of ``train.py`` and ``compare.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import kdkernels as kd
+
+from . import detectors
+from .cache import TeacherCache, key_of
+from .data import to_device
+from .detectors.rescaled import Rescaled
+from .distill import Distillation, alone, distilled
+from .ensemble import TeacherEnsemble
+from .evaluate import Evaluator
+from .flags import Options
+from .loop import Run, fit
+from .progress import Progress
+from .recipes import RecipeText, Setup
+from .teacher import FrozenTeacher
+
+
+class JobError(ValueError):
+    """What was asked for makes no sense with these detectors; the message names the flag."""
+
+
+@dataclass
+class Student:
+    """A trained student."""
+
+    detector: nn.Module
+    run: Run
+    distillation: Distillation | None = None
+    inherited: int = 0  #: tensors that it began with from the teacher
+
+
+class Job:
+    """Teacher and students of one run.
+
+    Args:
+        options: what the flags say.
+        train, val: pictures.
+        identity: what identifies the pictures, for the teacher's key.
+        unlabeled: pictures without ground truth, or None.
+    """
+
+    def __init__(
+        self, options: Options, train: Any, val: Any, identity: dict, progress: Progress, unlabeled: Any = None
+    ) -> None:
+        self.options, self.train, self.val, self.identity, self.progress = options, train, val, identity, progress
+        self.unlabeled = unlabeled
+        self.device = torch.device(options.device)
+        self.classes = len(train.category_ids)
+        self.evaluator = Evaluator(val, options.training.batch_size * 2, self.device, options.training.workers)
+
+    def check(self, recipes: Sequence[RecipeText]) -> None:
+        """Build everything once, untrained, so that what cannot be is refused before anything is trained.
+
+        Raises:
+            JobError: a recipe that makes no sense between these detectors, a part that cannot be inherited or frozen, a
+                checkpoint that does not fit.
+        """
+        with torch.random.fork_rng():
+            teacher = self._untrained_teacher()
+            self._started(teacher, recipes)
+
+    def teacher(self) -> tuple[FrozenTeacher, Run | None]:
+        """The teacher, and its training, None where it came from checkpoints."""
+        dtype = getattr(torch, self.options.teacher_dtype) if self.options.teacher_dtype != "float32" else None
+        if self.options.teachers:
+            return FrozenTeacher(self._untrained_teacher().to(self.device), dtype), None
+        teacher, run = self._trained_teacher()
+        return FrozenTeacher(teacher, dtype), run
+
+    def student(
+        self, name: str, steps: int, teacher: FrozenTeacher, recipes: Sequence[RecipeText] = (), **changes: Any
+    ) -> Student:
+        """Train a student.
+
+        Args:
+            name: what progress and records call it.
+            recipes: none: alone, by the detector's own losses.
+            changes: of the options, for this student: ``inherit``, ``freeze``.
+        """
+        settings = replace(self.options.training, steps=steps)
+        torch.manual_seed(settings.seed)  # every student starts from the same weights
+        student, distillation, inherited = self._started(teacher.detector, recipes, teacher, steps, **changes)
+        objective, parameters = alone(student), list(student.parameters())
+        if distillation is not None:
+            unlabeled = self._unlabeled_batches() if distillation.needs_unlabeled else None
+            every = self.options.grad_report_every
+            objective = distilled(student, distillation, norms_every=every, unlabeled=unlabeled)
+            parameters += list(distillation.parameters())
+        run = fit(
+            name,
+            student,
+            objective,
+            self.train,
+            settings,
+            parameters=parameters,
+            device=self.device,
+            evaluator=self.evaluator,
+            progress=self.progress,
+        )
+        return Student(student, run, distillation, inherited)
+
+    def _started(
+        self,
+        teacher_detector: nn.Module,
+        recipes: Sequence[RecipeText],
+        teacher: FrozenTeacher | None = None,
+        steps: int = 1,
+        **changes: Any,
+    ) -> tuple[nn.Module, Distillation | None, int]:
+        """A student before its training, its distillation, and how many tensors it inherited."""
+        options = replace(self.options, **changes)
+        student = self._model("--model", options.model).to(self.device)
+        if options.weights is not None:
+            self._load(student, options.weights, "--weights")
+        inherited = 0
+        for flag, parts, act in (
+            ("--inherit", options.inherit, lambda parts: detectors.inherit(student, teacher_detector, parts)),
+            ("--freeze", options.freeze, lambda parts: detectors.freeze(student, parts)),
+        ):
+            try:
+                found = act(list(parts)) if parts else []
+            except ValueError as error:
+                raise JobError(f"argument {flag}: {error}") from None
+            inherited += len(found) if flag == "--inherit" else 0
+        if options.student_scale != 1:
+            student = Rescaled(student, options.student_scale)
+        if options.compile:
+            student.features = torch.compile(student.features, fullgraph=True)
+        if not recipes:
+            return student, None, inherited
+        setup = Setup(student, teacher_detector, options.training.seed, self.unlabeled is not None)
+        try:
+            built = [recipe.build(setup) for recipe in recipes]
+        except ValueError as error:
+            raise JobError(f"argument --recipe: {error}") from None
+        distillation = Distillation(
+            built,
+            teacher if teacher is not None else FrozenTeacher(teacher_detector),
+            base_size=options.base_size,
+            limit=options.proposals,
+            steps=steps,
+            epoch_steps=math.ceil(len(self.train) / options.training.batch_size),
+            compile=options.compile,
+        ).to(self.device)
+        return student, distillation, inherited
+
+    def _model(self, flag: str, text: str) -> nn.Module:
+        try:
+            return detectors.load_model(text, classes=self.classes, image_size=self.options.image_size)
+        except ValueError as error:
+            raise JobError(f"argument {flag}: {error}") from None
+
+    def _load(self, detector: nn.Module, path: Any, flag: str) -> None:
+        try:
+            detectors.load_weights(detector, path)
+        except ValueError as error:
+            raise JobError(f"argument {flag}: {error}") from None
+
+    def _untrained_teacher(self) -> nn.Module:
+        """The teacher's architecture; with the weights of ``--teacher``, where that is given."""
+        members = []
+        for path in self.options.teachers or [None]:
+            member = self._model("--teacher-model", self.options.teacher_model)
+            if path is not None:
+                self._load(member, path, "--teacher")
+            members.append(member)
+        return (members[0] if len(members) == 1 else TeacherEnsemble(members)).to(self.device)
+
+    def _trained_teacher(self) -> tuple[nn.Module, Run]:
+        settings = replace(self.options.training, steps=self.options.teacher_steps)
+        known = detectors.settings_of(
+            self.options.teacher_model, classes=self.classes, image_size=self.options.image_size
+        )
+        made_of = {
+            "data": self.identity,
+            "detector": asdict(known) if known is not None else self.options.teacher_model,
+            "training": {key: value for key, value in asdict(settings).items() if key != "workers"},
+        }
+        cache, key = TeacherCache(self.options.teacher_cache), key_of(made_of)
+        torch.manual_seed(settings.seed)
+        teacher = self._model("--teacher-model", self.options.teacher_model)
+        try:
+            # A detector of one's own may change without its name.
+            record = cache.load(key, teacher) if known is not None else None
+        except ValueError as error:
+            self.progress.say(f"warning: {error}; training it anew")
+            record = None
+        teacher.to(self.device)
+        if record is not None:
+            run = Run(**record)
+            run.scores = [tuple(score) for score in run.scores]
+            self.progress.say(f"teacher: {cache.path(key)}, trained before in {run.seconds:.0f} s")
+            return teacher, run
+        run = fit(
+            "teacher",
+            teacher,
+            alone(teacher),
+            self.train,
+            settings,
+            parameters=teacher.parameters(),
+            device=self.device,
+            evaluator=self.evaluator,
+            progress=self.progress,
+        )
+        if known is not None:
+            try:
+                self.progress.say(f"teacher: kept in {cache.save(key, teacher, asdict(run))}")
+            except OSError as error:
+                self.progress.say(f"warning: the teacher cannot be kept: {error}")
+        return teacher, run
+
+    def _unlabeled_batches(self) -> Any:
+        """A function that gives batch after batch of the pictures without ground truth."""
+        settings = self.options.training
+
+        def batches() -> Iterator[Tensor]:
+            order = torch.Generator().manual_seed(settings.seed + 1)
+            while True:
+                chosen = torch.randperm(len(self.unlabeled), generator=order)[: settings.batch_size]
+                yield chosen
+
+        endless = batches()
+
+        def next_batch() -> Tensor:
+            from .data import collate
+
+            samples = [self.unlabeled[int(index)] for index in next(endless)]
+            return to_device(*collate(samples), self.device)[0]
+
+        return next_batch
+
+    def settings(self) -> dict[str, Any]:
+        """What makes the run, for its records."""
+        options = self.options
+        served = kd.backend_info(build=True)
+        return {
+            "data": self.identity,
+            "teacher": options.teacher_model,
+            "teachers": [str(path) for path in options.teachers],
+            "student": options.model,
+            "training": asdict(options.training),
+            "teacher_steps": options.teacher_steps,
+            "recipes": [{"text": recipe.text, "options": asdict(recipe.options)} for recipe in options.recipes],
+            "inherit": list(options.inherit),
+            "freeze": list(options.freeze),
+            "student_scale": options.student_scale,
+            "device": str(self.device),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "kernels": {loss: backends.get(self.device.type, ("reference",))[0] for loss, backends in served.items()},
+        }
