@@ -103,9 +103,7 @@ class OwnDetector(nn.Module):
         anchors = torch.cat(levels)
         centres, stride = (anchors[:, :2] + anchors[:, 2:]) / 2, anchors[:, 2:] - anchors[:, :2]
         bounds = (0.0, *self.largest)
-        low, high = (
-            torch.cat([a.new_full((len(a), 1), bounds[i + k]) for i, a in enumerate(levels)]) for k in (0, 1)
-        )
+        low, high = (torch.cat([a.new_full((len(a), 1), bounds[i + k]) for i, a in enumerate(levels)]) for k in (0, 1))
         labels, deltas = [], []
         for target in targets:
             boxes = torch.cat([target["boxes"], anchors.new_zeros(1, 4)])  # the last one stands for the background
