@@ -1,4 +1,4 @@
-"""torchvision's detectors behind the protocol are equal to torchvision's own; and their backbones."""
+"""torchvision's detectors behind the protocol are equal to torchvision's own."""
 
 from __future__ import annotations
 
@@ -8,16 +8,13 @@ import pytest
 import torch
 
 pytest.importorskip("torchvision")
-from torchvision import models
 from torchvision.ops import box_iou
 
 from kdkernels.harness import detectors as kinds
 from kdkernels.harness.detectors import HasDense, HasProposals, HasStages, build
-from kdkernels.harness.detectors.backbones import NarrowResNet
 from kdkernels.harness.settings import DetectorSettings
 
 KINDS = ("faster_rcnn", "retinanet", "fcos", "ssdlite")
-PYRAMIDS = KINDS[:3]
 each_kind = pytest.mark.parametrize("kind", KINDS)
 #: Neither side is a multiple of 64 or 128: the coarse levels are rounded up.
 SIZE = (96, 160)
@@ -304,65 +301,3 @@ def test_features_compile_without_a_break(images):
 @pytest.mark.parametrize("kind", ("faster_rcnn", "fcos", "ssdlite"))
 def test_features_of_the_others_compile_without_a_break(kind, images):
     _compiled(kind, images)
-
-
-# --- backbones
-
-
-@pytest.mark.parametrize("depth", (18, 50))
-@pytest.mark.parametrize("norm", ("batch", "frozen"))
-def test_a_full_width_resnet_is_torchvisions(depth, norm):
-    with torch.device("meta"):
-        mine = NarrowResNet(depth, 1.0, norm).state_dict()
-        theirs = getattr(models, f"resnet{depth}")(weights=None).state_dict()
-    wanted = {name: value.shape for name, value in theirs.items() if not name.startswith("fc.")}
-    if norm == "frozen":
-        wanted = {name: shape for name, shape in wanted.items() if not name.endswith("num_batches_tracked")}
-    assert {name: value.shape for name, value in mine.items()} == wanted
-
-
-@pytest.mark.parametrize("depth", (34, 101, 152))
-def test_other_depths_are_torchvisions(depth):
-    with torch.device("meta"):
-        mine = NarrowResNet(depth, 1.0).state_dict()
-        theirs = getattr(models, f"resnet{depth}")(weights=None).state_dict()
-    assert [*mine, "fc.weight", "fc.bias"] == list(theirs)
-    assert all(value.shape == theirs[name].shape for name, value in mine.items())
-
-
-def test_width_and_norm():
-    quarter = NarrowResNet(50, 0.25)
-    assert quarter.stage_channels == [64, 128, 256, 512] and quarter.conv1.out_channels == 16
-    frozen = NarrowResNet(18, 1 / 8, "frozen")
-    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in frozen.modules())
-    assert all("bn" not in name and "downsample.1" not in name for name, _ in frozen.named_parameters())
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"kind": "yolo"}, "kind must be one of.*'yolo'"),
-        ({"depth": 20}, "depth must be one of"),
-        ({"kind": "ssdlite", "norm": "group"}, "norm must be one of"),
-        ({"width": 0.0}, "width"),
-        ({"kind": "retinanet", "channels": 0}, "channels"),
-        ({"kind": "fcos", "channels": 48}, "channels must be a multiple of 32.*48"),
-        ({"classes": 0}, "classes"),
-        ({"image_size": 100}, "image_size"),
-    ],
-)
-def test_settings_that_cannot_be_built_are_named(settings, message):
-    with pytest.raises(ValueError, match=message):
-        build(DetectorSettings(**settings))
-
-
-def test_anchors_and_ranges_scale_with_the_pictures():
-    for kind in PYRAMIDS:
-        sizes = []
-        for image_size in (160, 320):
-            model = small(kind, image_size=image_size).model
-            sizes.append((model.rpn if kind == "faster_rcnn" else model).anchor_generator.sizes)
-        assert len(sizes[0]) == 5
-        for level, twice in zip(*sizes, strict=True):
-            assert all(abs(2 * side - double) <= 1 for side, double in zip(level, twice, strict=True))
-    assert small("fcos").model.anchor_generator.sizes == ((4,), (8,), (16,), (32,), (64,))
