@@ -202,6 +202,27 @@ def test_matched_is_what_the_models_own_loss_uses(kind, images, targets):
         assert torch.equal((logits.grad == 0).all(-1), labels == -1)
 
 
+@each_kind
+def test_losses_from_dense_are_the_same_and_run_no_head_again(kind, images, targets, monkeypatch):
+    detector = small(kind).train()
+    features = detector.features(images)
+    torch.manual_seed(5)
+    wanted = detector.losses(features, targets)
+    dense = detector.dense(features)
+    head = detector.model.rpn.head if kind == "faster_rcnn" else detector.model.head
+    monkeypatch.setattr(head, "forward", lambda *_: pytest.fail("the head is run a second time"))
+    torch.manual_seed(5)
+    losses = detector.losses(features, targets, dense)
+    assert {name: float(loss.detach()) for name, loss in losses.items()} == {
+        name: float(loss.detach()) for name, loss in wanted.items()
+    }
+    sum(losses.values()).backward()
+    assert all(parameter.grad is not None for parameter in head.parameters())
+    if kind != "faster_rcnn":
+        with pytest.raises(TypeError, match="dense must be"):
+            detector.losses(features, targets, dense._replace(quality=None))
+
+
 @pytest.mark.parametrize("kind", ("retinanet", "fcos"))
 def test_label_0_is_never_found(kind, images):
     detector = lively(kind).eval()
