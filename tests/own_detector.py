@@ -57,9 +57,14 @@ class OwnDetector(nn.Module):
             levels[name] = x = layer(x)
         return levels
 
-    def losses(self, features: dict[str, Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The detector's own losses, by names of your choice; their sum is trained."""
-        found, wanted = self.dense(features), self.matched(features, targets)
+    def losses(
+        self, features: dict[str, Tensor], targets: list[dict[str, Tensor]], dense: Dense | None = None
+    ) -> dict[str, Tensor]:
+        """The detector's own losses, by names of your choice; their sum is trained.
+
+        ``dense`` is there for losses on the predictions: what ``dense(features)`` gave, where that was asked before.
+        """
+        found, wanted = dense or self.dense(features), self.matched(features, targets)
         inside = wanted.labels > 0
         one_hot = F.one_hot(wanted.labels, self.classes + 1)[..., 1:].to(found.logits.dtype)
         count = inside.sum().clamp(min=1)

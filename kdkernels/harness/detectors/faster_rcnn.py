@@ -36,14 +36,22 @@ class TorchvisionFasterRCNN(PyramidDetector):
     def _anchor_generator(self) -> nn.Module:
         return self.model.rpn.anchor_generator
 
-    def losses(self, features: Features, targets: Targets) -> dict[str, Tensor]:
-        """The model's own losses: two of the RPN, ``loss_classifier`` and ``loss_box_reg``."""
+    def losses(self, features: Features, targets: Targets, dense: Dense | None = None) -> dict[str, Tensor]:
+        """The model's own four losses, by its own names; RuntimeError in eval mode."""
         self._needs(True, "losses")
+        rpn = self.model.rpn
+        logits, deltas, _, grids, _ = self.dense(features) if dense is None else dense
         with full_precision(features) as features:
-            images = self._images(features)
-            proposals, losses = self.model.rpn(images, features, targets)
-            _, head_losses = self.model.roi_heads(features, proposals, images.image_sizes, targets)
-        return {**losses, **head_losses}
+            sizes, anchors = self._images(features).image_sizes, self._all_anchors(features)
+            # The steps of the RPN's own forward behind its head, which is not run twice where dense is given.
+            boxes = rpn.box_coder.decode(deltas.detach().reshape(-1, 4), anchors).view_as(deltas)
+            counts = [height * width * cell for height, width, cell in grids]
+            proposals, _ = rpn.filter_proposals(boxes, logits, sizes, counts)
+            labels, truth = rpn.assign_targets_to_anchors(anchors, targets)
+            wanted = rpn.box_coder.encode(truth, anchors)
+            objectness, regression = rpn.compute_loss(logits, deltas.reshape(-1, 4), labels, wanted)
+            _, losses = self.model.roi_heads(features, proposals, sizes, targets)
+        return {"loss_objectness": objectness, "loss_rpn_box_reg": regression, **losses}
 
     @torch.no_grad()
     def proposals(self, features: Features) -> list[Tensor]:

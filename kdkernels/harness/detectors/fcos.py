@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models.detection import FCOS
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
@@ -12,7 +12,7 @@ from ..settings import DetectorSettings
 from .backbones import resnet_fpn
 from .protocol import Features, Targets
 from .retinanet import STRIDES
-from .torchvision_detector import OneStage, PyramidDetector, full_precision
+from .torchvision_detector import OneStage, PyramidDetector
 
 
 class TorchvisionFCOS(OneStage, PyramidDetector):
@@ -28,22 +28,13 @@ class TorchvisionFCOS(OneStage, PyramidDetector):
     def __init__(self, model: FCOS) -> None:
         super().__init__(model, STRIDES)
 
-    @property
-    def parts(self) -> dict[str, nn.Module]:
-        """The parts that can be inherited, frozen and loaded by name."""
-        return {**super().parts, "head": self.model.head}
-
-    def losses(self, features: Features, targets: Targets) -> dict[str, Tensor]:
-        """The model's own losses, ``classification``, ``bbox_regression`` (GIoU) and ``bbox_ctrness``."""
-        self._needs(True, "losses")
-        with full_precision(features) as features:
-            counts = [height * width for height, width, _ in self._grids(features)]
-            anchors = self._all_anchors(features)
-            return self.model.compute_loss(targets, self._outputs(features), anchors, counts)
-
     def detect(self, images: Tensor) -> list[dict[str, Tensor]]:
         """The model's own detections."""
         return self._detect_per_level(images)
+
+    def _losses(self, features: Features, targets: Targets, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        counts = [height * width for height, width, _ in self._grids(features)]
+        return self.model.compute_loss(targets, outputs, self._all_anchors(features), counts)
 
     def _matches(self, anchors: Tensor, counts: list[int], targets: Targets) -> list[Tensor]:
         # torchvision's rule stands inside its loss and cannot be called alone. It ends by giving the matches to the

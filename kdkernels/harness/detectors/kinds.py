@@ -156,5 +156,5 @@ def _value(text: str, name: str, value: str, default: Any) -> Any:
 
 
 def _near(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, list(known), 1)
+    near = difflib.get_close_matches(name, list(known), 1, cutoff=0.7)  # below it, "width" is near "depth"
     return f" (did you mean {near[0]!r}?)" if near else ""

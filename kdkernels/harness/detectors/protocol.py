@@ -84,6 +84,10 @@ class Matched(NamedTuple):
 class HasDense(Protocol):
     """A detector with dense predictions."""
 
+    def losses(self, features: Features, targets: Targets, dense: Dense | None = None) -> dict[str, Tensor]:
+        """As :meth:`Detector.losses`; ``dense``, where given, is what ``dense(features)`` gave, and the head is not run
+        a second time."""
+
     def dense(self, features: Features) -> Dense:
         """The dense head's predictions; in training mode and in eval mode alike."""
 

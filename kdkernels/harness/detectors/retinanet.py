@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from ..settings import DetectorSettings
 from .backbones import resnet_fpn
 from .protocol import Features, Targets
-from .torchvision_detector import OneStage, PyramidDetector, full_precision
+from .torchvision_detector import OneStage, PyramidDetector
 
 STRIDES = {"0": 8, "1": 16, "2": 32, "p6": 64, "p7": 128}
 
@@ -26,20 +26,12 @@ class TorchvisionRetinaNet(OneStage, PyramidDetector):
     def __init__(self, model: RetinaNet) -> None:
         super().__init__(model, STRIDES)
 
-    @property
-    def parts(self) -> dict[str, nn.Module]:
-        """The parts that can be inherited, frozen and loaded by name."""
-        return {**super().parts, "head": self.model.head}
-
-    def losses(self, features: Features, targets: Targets) -> dict[str, Tensor]:
-        """The model's own losses, ``classification`` and ``bbox_regression``."""
-        self._needs(True, "losses")
-        with full_precision(features) as features:
-            return self.model.compute_loss(targets, self._outputs(features), self._all_anchors(features))
-
     def detect(self, images: Tensor) -> list[dict[str, Tensor]]:
         """The model's own detections."""
         return self._detect_per_level(images)
+
+    def _losses(self, features: Features, targets: Targets, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.model.compute_loss(targets, outputs, self._all_anchors(features))
 
 
 def build(settings: DetectorSettings) -> TorchvisionRetinaNet:

@@ -29,11 +29,6 @@ class TorchvisionSSDLite(OneStage, TorchvisionDetector):
         super().__init__(model, strides, dict(zip(strides, inside, strict=True)))
         self._batch_norm = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
-    @property
-    def parts(self) -> dict[str, nn.Module]:
-        """The parts that can be inherited, frozen and loaded by name."""
-        return {**super().parts, "head": self.model.head}
-
     def features(self, images: Tensor) -> Features:
         """The model's levels of ``images`` (N, 3, H, W) in [0, 1].
 
@@ -44,15 +39,6 @@ class TorchvisionSSDLite(OneStage, TorchvisionDetector):
             raise ValueError("images must be at least 2 to train ssdlite at this size: its coarsest level is one cell")
         return super().features(images)
 
-    def losses(self, features: Features, targets: Targets) -> dict[str, Tensor]:
-        """The model's own losses, ``bbox_regression`` and ``classification`` (with the hardest backgrounds)."""
-        self._needs(True, "losses")
-        with full_precision(features) as features:
-            anchors = self._all_anchors(features)
-            counts = [height * width * cell for height, width, cell in self._grids(features)]
-            found = self._matches(anchors[0], counts, targets)
-            return self.model.compute_loss(targets, self._outputs(features), anchors, found)
-
     @torch.no_grad()
     def detect(self, images: Tensor) -> list[dict[str, Tensor]]:
         """The model's own detections."""
@@ -60,6 +46,11 @@ class TorchvisionSSDLite(OneStage, TorchvisionDetector):
         with full_precision(self.features(images)) as features:
             sizes = self._images(features).image_sizes
             return self.model.postprocess_detections(self._outputs(features), self._all_anchors(features), sizes)
+
+    def _losses(self, features: Features, targets: Targets, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        anchors = self._all_anchors(features)
+        counts = [height * width * cell for height, width, cell in self._grids(features)]
+        return self.model.compute_loss(targets, outputs, anchors, self._matches(anchors[0], counts, targets))
 
 
 def build(settings: DetectorSettings) -> TorchvisionSSDLite:

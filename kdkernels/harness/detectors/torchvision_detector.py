@@ -106,11 +106,36 @@ class PyramidDetector(TorchvisionDetector):
         return self.model.backbone.fpn(stages)
 
 
+class HeadOutputs(Dense):
+    """``Dense`` with what the model's head gave, in the model's own form: its losses are computed from that."""
+
+    outputs: dict[str, Tensor]
+
+
 class OneStage:
     """Dense predictions of a torchvision model whose ``head`` gives them; to be inherited with a detector's class."""
 
     activation: str
     model: nn.Module
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """The parts that can be inherited, frozen and loaded by name."""
+        return {**super().parts, "head": self.model.head}
+
+    def losses(self, features: Features, targets: Targets, dense: Dense | None = None) -> dict[str, Tensor]:
+        """The model's own losses, by its own names.
+
+        Raises:
+            RuntimeError: in eval mode.
+            TypeError: ``dense`` is not what this detector's ``dense`` gave.
+        """
+        self._needs(True, "losses")
+        if dense is not None and not hasattr(dense, "outputs"):
+            raise TypeError("dense must be what this detector's dense() gave")
+        with full_precision(features) as features:
+            outputs = self._outputs(features) if dense is None else dense.outputs
+            return self._losses(features, targets, outputs)
 
     def dense(self, features: Features) -> Dense:
         """The head's predictions; the column of the background, which a sigmoid head has but never trains, is cut."""
@@ -118,13 +143,15 @@ class OneStage:
             outputs = self._outputs(features)
             logits = outputs["cls_logits"]
             quality = outputs.get("bbox_ctrness")
-            return Dense(
+            dense = HeadOutputs(
                 logits if self.activation == "softmax" else logits[..., 1:],
                 outputs["bbox_regression"],
                 self.activation,
                 self._grids(features),
                 quality if quality is None else quality.squeeze(-1),
             )
+        dense.outputs = outputs
+        return dense
 
     @torch.no_grad()
     def matched(self, features: Features, targets: Targets) -> Matched:
