@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,8 +38,7 @@ def decode(path: Path) -> Tensor:
     """
     image = require("PIL.Image")
     try:
-        with warnings.catch_warnings(), image.open(path) as opened:
-            warnings.simplefilter("ignore")
+        with image.open(path) as opened:
             if opened.mode.startswith("I"):  # 16 bits of grey; convert() would cut them off at 255
                 grey = np.asarray(opened).astype(np.int64).clip(0, 65535) >> 8
                 pixels = np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
@@ -54,8 +52,7 @@ def decode(path: Path) -> Tensor:
 def header(path: Path) -> tuple[int, int] | Finding:
     """Height and width as the file's header says, without decoding; or what is wrong."""
     try:
-        with warnings.catch_warnings(), require("PIL.Image").open(path) as opened:
-            warnings.simplefilter("ignore")
+        with require("PIL.Image").open(path) as opened:
             return opened.height, opened.width
     except FileNotFoundError:
         return Finding("missing picture", str(path), "no such file")
@@ -78,6 +75,7 @@ def checked(records: list[Record], problems: Problems, pixels: bool = False) -> 
         said = record.width or width, record.height or height
         if said != (width, height):
             what = f"{width} x {height}, but annotated as {said[0]} x {said[1]}"
+            what += " (turned by its EXIF orientation?)" if said == (height, width) else ""
             problems.add("wrong size", record.path, what)
             continue
         record.height, record.width = height, width
