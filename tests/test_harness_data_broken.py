@@ -67,6 +67,7 @@ ENTRIES = {
     "left of it": (entry(bbox=[-50, 8, 20, 10]), "box outside", 3),
     "partly outside": (entry(bbox=[80, 8, 40, 10]), "box partly outside", 4),
     "no width": (entry(bbox=[8, 8, 0, 10]), "empty box", 3),
+    "hardly any width": (entry(bbox=[8, 8, 0.001, 10]), "empty box", 3),
     "negative height": (entry(bbox=[8, 8, 10, -4]), "empty box", 3),
     "NaN": (entry(bbox=[8, float("nan"), 10, 10]), "box not finite", 3),
     "infinite": (entry(bbox=[8, 8, float("inf"), 10]), "box not finite", 3),

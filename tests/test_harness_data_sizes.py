@@ -62,6 +62,14 @@ def test_a_batch_is_padded_to_its_largest_and_a_multiple_of_32(folder):
 
 
 @pytest.mark.parametrize("size", [SHORTER, data.Size(square=64)])
+@pytest.mark.parametrize("shape", [(1, 3000), (3000, 1), (1, 1)])
+def test_a_line_stays_a_line(size, shape):
+    boxes = torch.tensor([[0.0, 0, shape[1], shape[0]]])
+    picture, boxes, (height, width) = geometry.placed(torch.zeros(3, *shape, dtype=torch.uint8), boxes, size)
+    assert min(height, width) >= 1 and picture.numel() and boxes[0].tolist() == [0, 0, width, height]
+
+
+@pytest.mark.parametrize("size", [SHORTER, data.Size(square=64)])
 def test_detections_go_back_to_the_files_own_pixels(folder, size):
     pictures = data.open_pictures(folder, "train", size=size)
     for index in range(3):

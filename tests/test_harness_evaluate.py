@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -83,6 +84,49 @@ def test_both_packages_agree(pictures, monkeypatch):
     assert scores[0] == pytest.approx(scores[1], abs=1e-9)
     assert 0 < scores[0].mean_ap < 1 and scores[0].ap_medium > 0 and scores[0].ap_large == -1
     assert Score._fields == ("mean_ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+
+
+class Listed:
+    """Pictures that exist as annotations only: three classes, every size, crowds, pictures without objects."""
+
+    category_ids = [3, 7, 8]
+
+    def __init__(self):
+        random = np.random.default_rng(0)
+        annotations = []
+        for number in range(160):
+            width, height = (2 ** random.uniform(2, 8, 2)).tolist()
+            entry = {"image_id": int(random.integers(30)), "category_id": int(random.choice(self.category_ids))}
+            x, y = random.uniform(0, 100, 2).tolist()
+            crowd = int(random.random() < 0.1)
+            entry |= {"id": number + 1, "bbox": [x, y, width, height], "area": 0.8 * width * height, "iscrowd": crowd}
+            annotations.append(entry)
+        self.coco = {
+            "images": [{"id": number, "file_name": str(number)} for number in range(32)],
+            "annotations": annotations,
+            "categories": [{"id": number, "name": str(number)} for number in self.category_ids],
+        }
+        self.results = [
+            {
+                "image_id": entry["image_id"],
+                "category_id": entry["category_id"],
+                "bbox": (np.array(entry["bbox"]) * random.uniform(0.9, 1.1, 4)).tolist(),
+                "score": round(float(random.random()), 1),  # with ties
+            }
+            for entry in annotations * 3
+            if random.random() < 0.6
+        ]
+
+
+def test_both_packages_agree_on_every_size_on_crowds_and_ties(monkeypatch):
+    pictures, scores = Listed(), []
+    for package, other in (PACKAGES, PACKAGES[::-1]):
+        pytest.importorskip(package)
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, other, None)
+            scores.append(Evaluator(pictures, 4, torch.device("cpu")).score(pictures.results))
+    assert scores[0] == pytest.approx(scores[1], abs=1e-9)
+    assert all(0.05 < value < 0.95 for value in scores[0])
 
 
 def test_a_limit_scores_the_first_pictures_alone(evaluator, pictures):

@@ -17,6 +17,8 @@ from .problems import Finding, Problems
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 #: Pixels that a box may be beyond the picture's border without a word: roundings, and counting from 0 or 1.
 TOLERANCE = 1.0
+#: Least width and height of a box: float32 must still hold it after scaling, or a logarithm of 0 ends the training.
+LEAST = 0.01
 
 
 class Undecodable(Exception):
@@ -90,11 +92,14 @@ def _inside(record: Record, problems: Problems) -> Iterator[Object]:
         x1, y1, x2, y2 = item.box
         box = (max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height)))
         where = f"{record.path}, object {index}"
+        told = f"box {x1:g}, {y1:g}, {x2:g}, {y2:g} in a picture of {width} x {height}"
+        if min(x2 - x1, y2 - y1) < LEAST:
+            problems.add("empty box", where, told)
+            continue
         if box == item.box:
             yield item
             continue
-        told = f"box {x1:g}, {y1:g}, {x2:g}, {y2:g} in a picture of {width} x {height}"
-        if box[2] <= box[0] or box[3] <= box[1]:
+        if min(box[2] - box[0], box[3] - box[1]) < LEAST:
             problems.add("box outside", where, told)
             continue
         if max(abs(a - b) for a, b in zip(box, item.box, strict=True)) <= TOLERANCE:
