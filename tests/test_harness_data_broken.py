@@ -112,6 +112,7 @@ def test_a_broken_entry_is_left_out_alone(sound, name):
         lambda d: [a.pop(key) for a in d["annotations"] for key in ("id", "area", "iscrowd")],
         entry(bbox=[-0.4, -1, 96.8, 65.5]),  # a rounding beyond the border
         lambda d: d["annotations"].clear(),
+        lambda d: (d["images"][0].update(id=2**70), d["annotations"][0].update(image_id=2**70)),
         lambda d: (
             [e.update(id=f"name {e['id']}") for e in d["images"]]
             + [a.update(image_id=f"name {a['image_id']}") for a in d["annotations"]]
@@ -126,6 +127,14 @@ def test_what_is_legal_is_no_problem(sound, edit):
         assert pictures[index][1]["boxes"].shape[1] == 4
     assert all(isinstance(number, int) for number in pictures.ids)
     assert Evaluator(pictures, 2, torch.device("cpu")).score([]).mean_ap == 0
+
+
+def test_a_rounding_beyond_the_border_is_clipped_for_training_alone(sound):
+    change(sound, entry(bbox=[-0.5, 8, 97, 57]))
+    pictures = opened(sound, on_bad="refuse")
+    assert pictures.coco["annotations"][1]["bbox"] == [-0.5, 8, 97, 57]
+    height, width = pictures[0][1]["size"]
+    assert pictures[0][1]["boxes"][1].tolist() == pytest.approx([0, 8 * height / 64, width, height])
 
 
 def test_an_annotation_file_that_is_cut_is_refused(sound):

@@ -12,7 +12,7 @@ pytest.importorskip("torchvision")
 np = pytest.importorskip("numpy")
 Image = pytest.importorskip("PIL.Image")
 
-from harness_folders import SIZE, coco_folder, opened, picture  # noqa: E402
+from harness_folders import SIZE, change, coco_folder, opened, picture  # noqa: E402
 
 from kdkernels.harness import data  # noqa: E402
 from kdkernels.harness.data.problems import NAMED  # noqa: E402
@@ -39,7 +39,7 @@ def test_an_undecodable_picture_is_replaced_counted_and_named_once(sound, worker
     assert sorted(t["image_id"] for _, targets in batches for t in targets) == [1] * 4 + [3] * 8
     assert pictures.problems.counts == {"undecodable picture": 1}
     error = capsys.readouterr().err
-    assert error.count("2.jpg") == 1 and "another picture in its place" in error and "truncated" in error
+    assert error.count("2.jpg") == 1 and "another one in its place" in error and "truncated" in error
     assert not any("findings" in target for _, targets in batches for target in targets)
 
 
@@ -81,18 +81,26 @@ def test_an_undecodable_picture_is_not_scored(sound, capsys):
 
 def test_a_flood_of_problems_is_counted_and_a_few_are_named(capsys):
     problems = data.Problems()
-    for _ in range(2):
+    for turn in range(2):
         for number in range(20):
-            problems.meet(data.problems.Finding("undecodable picture", f"{number}.jpg", "cut"))
+            problems.meet(data.problems.Finding("undecodable picture", f"{number}.jpg", f"cut, turn {turn}"))
     assert problems.counts == {"undecodable picture": 20}
     assert len(capsys.readouterr().err.splitlines()) == NAMED == len(problems.examples["undecodable picture"])
     said = []
     data.Problems(say=said.append).meet(data.problems.Finding("undecodable picture", "a.jpg", "cut"))
-    assert said == ["warning: a.jpg: cut; another picture in its place"]
+    assert said == ["warning: a.jpg: cut; another one in its place in training, not scored in evaluation"]
+
+
+def test_a_picture_that_has_changed_since_is_not_used(sound):
+    pictures = opened(sound)
+    Image.new("RGB", (64, 96)).save(picture(sound))
+    _, target = pictures[1]
+    assert target["image_id"] == 3 and "96 x 64 when the set was opened" in target["findings"][0].what
 
 
 def test_a_pickled_set_reads_the_same(sound):
     pictures = opened(sound)
+    pictures.problems.say = lambda text: None  # no pickle of this
     again = pickle.loads(pickle.dumps(pictures))
     assert torch.equal(again[1][0], pictures[1][0]) and torch.equal(again[1][1]["boxes"], pictures[1][1]["boxes"])
 
@@ -101,9 +109,16 @@ def test_a_pickled_set_reads_the_same(sound):
 
 
 def test_digest_follows_annotations_and_what_is_left_out(sound):
-    first = opened(sound).digest
-    picture(sound).unlink()
-    assert opened(sound).digest != first
+    digests = {opened(sound).digest, opened(sound).digest}
+    assert len(digests) == 1
+    for number in (2, 3):
+        kept = picture(sound, number).read_bytes()
+        picture(sound, number).unlink()
+        digests.add(opened(sound).digest)
+        picture(sound, number).write_bytes(kept)
+    assert len(digests) == 3, "which one is left out counts"
+    change(sound, lambda document: document["annotations"].pop())
+    assert opened(sound).digest not in digests
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "1", "P", "RGBA", "CMYK", "I;16"])

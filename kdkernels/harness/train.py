@@ -82,7 +82,7 @@ def _pictures(options: flags.Options) -> tuple[Any, Any, dict[str, Any]]:
     for split, pictures in (("train", train), ("val", val)):
         if pictures.problems:
             print(f"{split}: {pictures.problems}", file=sys.stderr, flush=True)
-    return train, val, {"digests": [train.digest, val.digest], "image_size": options.image_size}
+    return train, val, {"digests": [train.digest, val.digest], "image_size": options.image_size, "hflip": train.hflip}
 
 
 class Job:

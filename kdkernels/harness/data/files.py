@@ -96,14 +96,11 @@ def _inside(record: Record, problems: Problems) -> Iterator[Object]:
         if min(x2 - x1, y2 - y1) < LEAST:
             problems.add("empty box", where, told)
             continue
-        if box == item.box:
-            yield item
-            continue
         if min(box[2] - box[0], box[3] - box[1]) < LEAST:
             problems.add("box outside", where, told)
             continue
         if max(abs(a - b) for a, b in zip(box, item.box, strict=True)) <= TOLERANCE:
-            yield item._replace(box=box)
+            yield item  # as it is: the scores are then those of the annotation file; training clips it
             continue
         problems.add("box partly outside", where, told)
         area = (box[2] - box[0]) * (box[3] - box[1])

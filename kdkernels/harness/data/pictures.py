@@ -25,7 +25,7 @@ from .coco import is_coco, read_coco
 from .files import SUFFIXES, Undecodable, checked, decode
 from .geometry import Size, placed
 from .listing import Listing, Record, joined
-from .problems import DataError, Problems
+from .problems import DataError, Finding, Problems
 from .scenes import compose
 from .voc import layouts, read_voc
 
@@ -88,7 +88,8 @@ class FolderPictures(Dataset):
         self._objects = _Objects(records)
         self.digest = listing.digest
         if problems:
-            self.digest = hashlib.sha256(f"{listing.digest} {sorted(problems.counts.items())}".encode()).hexdigest()
+            used = [listing.digest, *(f"{record.name} {len(record.objects)}" for record in records)]
+            self.digest = hashlib.sha256("\n".join(used).encode(errors="surrogateescape")).hexdigest()
 
     @property
     def coco(self) -> dict[str, Any]:
@@ -112,7 +113,12 @@ class FolderPictures(Dataset):
         """Picture and target; Undecodable where the file cannot be decoded."""
         picture = decode(Path(self.paths[index]))
         height, width = picture.shape[-2:]
+        _, *known = self._names[index]
+        if [width, height] != known:
+            what = f"{width} x {height}, but {known[0]} x {known[1]} when the set was opened"
+            raise Undecodable(Finding("undecodable picture", self.paths[index], what))
         boxes, categories = self._objects.trained(index)
+        boxes = np.clip(boxes, 0, np.array([width, height, width, height], dtype=np.float32))
         picture, boxes, (new_height, new_width) = placed(picture, torch.from_numpy(boxes), self.size)
         return picture, {
             "boxes": boxes,
@@ -143,7 +149,7 @@ class FolderPictures(Dataset):
 class UnlabeledPictures(FolderPictures):
     """All pictures of a folder and the folders below it, without annotations; targets are empty, ``unlabeled`` True.
 
-    Files without a picture's ending, and hidden ones, are passed over.
+    Files without a picture's ending, hidden ones, and links to folders are passed over.
 
     Args:
         folder: where to look.
