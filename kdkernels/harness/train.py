@@ -97,9 +97,9 @@ def _pictures(options: flags.Options) -> tuple[Any, Any, dict[str, Any]]:
     for split, pictures in ((train_split, train), (val_split, val)):
         if pictures.problems:
             print(f"{split}: {pictures.problems}", file=sys.stderr, flush=True)
-    identity = {"digests": [train.digest, val.digest], "image_size": options.image_size}
-    if options.hflip != 0.5:
-        identity["hflip"] = options.hflip
+    identity = {"digests": [train.digest, val.digest], "image_size": options.image_size, "hflip": train.hflip}
+    if options.max_size is not None:
+        identity["max_size"] = options.max_size
     return train, val, identity
 
 

@@ -20,7 +20,7 @@ def is_coco(root: Path, split: str) -> bool:
 def read_coco(root: Path, split: str, problems: Problems) -> Listing:
     """``<root>/annotations/instances_<split>2017.json`` and ``<root>/<split>2017/``, or both without the "2017".
 
-    Pictures come by id; ids that are no integers are replaced by 1, 2, ... in the file's order.
+    Pictures come by id; ids that are no integers of 64 bits are replaced by 1, 2, ... in the file's order.
 
     Raises:
         DataError: folder or file is missing, the file is no JSON of COCO's form, or lists no picture or category.
@@ -43,12 +43,14 @@ def read_coco(root: Path, split: str, problems: Problems) -> Listing:
         raise DataError(f"{path} is not a COCO instances file: {type(error).__name__}: {error}") from error
     if not images or not categories:
         raise DataError(f"{path} lists {len(images)} images and {len(categories)} categories")
+    if any(abs(number) >= 2**62 for number, _ in categories):
+        raise DataError(f"{path} has a category id beyond 64 bits")
     if len(dict(categories)) < len(categories):
         raise DataError(f"{path} gives two categories the same id")
     by_id = _records(images, folder, path, problems)
     _add_objects(annotations, by_id, {number for number, _ in categories}, path, problems)
     records = list(by_id.values())
-    if all(isinstance(key, int) for key in by_id):
+    if all(isinstance(key, int) and abs(key) < 2**62 for key in by_id):
         records.sort(key=lambda record: record.id)
     else:
         for number, record in enumerate(records, start=1):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +17,8 @@ from .problems import Finding, Problems
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 #: Pixels that a box may be beyond the picture's border without a word: roundings, and counting from 0 or 1.
 TOLERANCE = 1.0
+#: Least width and height of a box: float32 must still hold it after scaling, or a logarithm of 0 ends the training.
+LEAST = 0.01
 
 
 class Undecodable(Exception):
@@ -39,8 +40,7 @@ def decode(path: Path) -> Tensor:
     """
     image = require("PIL.Image")
     try:
-        with warnings.catch_warnings(), image.open(path) as opened:
-            warnings.simplefilter("ignore")
+        with image.open(path) as opened:
             if opened.mode.startswith("I"):  # 16 bits of grey; convert() would cut them off at 255
                 grey = np.asarray(opened).astype(np.int64).clip(0, 65535) >> 8
                 pixels = np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
@@ -54,8 +54,7 @@ def decode(path: Path) -> Tensor:
 def header(path: Path) -> tuple[int, int] | Finding:
     """Height and width as the file's header says, without decoding; or what is wrong."""
     try:
-        with warnings.catch_warnings(), require("PIL.Image").open(path) as opened:
-            warnings.simplefilter("ignore")
+        with require("PIL.Image").open(path) as opened:
             return opened.height, opened.width
     except FileNotFoundError:
         return Finding("missing picture", str(path), "no such file")
@@ -78,6 +77,7 @@ def checked(records: list[Record], problems: Problems, pixels: bool = False) -> 
         said = record.width or width, record.height or height
         if said != (width, height):
             what = f"{width} x {height}, but annotated as {said[0]} x {said[1]}"
+            what += " (turned by its EXIF orientation?)" if said == (height, width) else ""
             problems.add("wrong size", record.path, what)
             continue
         record.height, record.width = height, width
@@ -92,15 +92,15 @@ def _inside(record: Record, problems: Problems) -> Iterator[Object]:
         x1, y1, x2, y2 = item.box
         box = (max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height)))
         where = f"{record.path}, object {index}"
-        if box == item.box:
-            yield item
-            continue
         told = f"box {x1:g}, {y1:g}, {x2:g}, {y2:g} in a picture of {width} x {height}"
-        if box[2] <= box[0] or box[3] <= box[1]:
+        if min(x2 - x1, y2 - y1) < LEAST:
+            problems.add("empty box", where, told)
+            continue
+        if min(box[2] - box[0], box[3] - box[1]) < LEAST:
             problems.add("box outside", where, told)
             continue
         if max(abs(a - b) for a, b in zip(box, item.box, strict=True)) <= TOLERANCE:
-            yield item._replace(box=box)
+            yield item  # as it is: the scores are then those of the annotation file; training clips it
             continue
         problems.add("box partly outside", where, told)
         area = (box[2] - box[0]) * (box[3] - box[1])

@@ -54,8 +54,9 @@ def placed(picture: Tensor, boxes: Tensor, size: Size) -> tuple[Tensor, Tensor, 
     """
     transforms = require("torchvision.transforms.v2.functional")
     height, width = picture.shape[-2:]
-    if size.square is not None:
-        scale = size.square / max(height, width)
+    longest = size.square or size.longest
+    if size.square is not None or longest * min(height, width) < max(height, width):  # a line must not become nothing
+        scale = longest / max(height, width)
         keywords = {"size": [max(1, round(height * scale)), max(1, round(width * scale))]}
     else:
         keywords = {"size": [size.shorter], "max_size": size.longest}

@@ -74,12 +74,14 @@ def joined(listings: list[Listing], classes: Iterable[str] | None, problems: Pro
     order of ``classes`` (another set's ``category_names``), or of first appearance.
 
     Raises:
-        DataError: not one class of a set is among ``classes``.
+        DataError: not one class of a set is among ``classes``, or two of them have the same name.
     """
     wanted = list(classes) if classes is not None else None
     first = listings[0].categories
     if any(listing.categories != first for listing in listings) or (wanted and wanted != listings[0].names):
         names = wanted or list(dict.fromkeys(name for listing in listings for name in listing.names))
+        if len(set(names)) < len(names):
+            raise DataError(f"{listings[0].source}: classes cannot be joined by name, two have the same: {_few(names)}")
         listings = [_renamed(listing, names, problems) for listing in listings]
     records, used = [], set()
     for listing in listings:
@@ -89,8 +91,9 @@ def joined(listings: list[Listing], classes: Iterable[str] | None, problems: Pro
         records += listing.records
         used |= {record.id for record in listing.records}
     digest = listings[0].digest
-    if len(listings) > 1:
-        digest = hashlib.sha256(" ".join(listing.digest for listing in listings).encode()).hexdigest()
+    if len(listings) > 1 or listings[0].categories != first:
+        parts = [*(listing.digest for listing in listings), *listings[0].names]
+        digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()
     return Listing(listings[0].source, records, listings[0].categories, digest)
 
 

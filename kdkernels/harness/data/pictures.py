@@ -25,7 +25,7 @@ from .coco import is_coco, read_coco
 from .files import SUFFIXES, Undecodable, checked, decode
 from .geometry import Size, placed
 from .listing import Listing, Record, joined
-from .problems import DataError, Problems
+from .problems import DataError, Finding, Problems
 from .scenes import compose
 from .voc import layouts, read_voc
 
@@ -84,37 +84,45 @@ class FolderPictures(Dataset):
         self.category_names = listing.names
         self.paths = [str(record.path) for record in records]
         self.ids = [record.id for record in records]
-        self._set_objects(records)
-        self.coco: dict[str, Any] | None = _document(records, listing.categories)
+        self._names = [(record.name, record.width, record.height) for record in records]
+        self._objects = _Objects(records)
         self.digest = listing.digest
         if problems:
-            self.digest = hashlib.sha256(f"{listing.digest} {sorted(problems.counts.items())}".encode()).hexdigest()
+            used = [listing.digest, *(f"{record.name} {len(record.objects)}" for record in records)]
+            self.digest = hashlib.sha256("\n".join(used).encode(errors="surrogateescape")).hexdigest()
 
-    def _set_objects(self, records: list[Record]) -> None:
-        # Flat arrays: worker processes share them, where each of a million tuples would be copied when it is counted.
-        label_of = {category: label for label, category in enumerate(self.category_ids, start=1)}
-        kept = [[item for item in r.objects if not (item.crowd or item.difficult)] for r in records]
-        self._starts = np.cumsum([0, *(len(objects) for objects in kept)])
-        flat = [item for objects in kept for item in objects]
-        self._boxes = np.array([item.box for item in flat], dtype=np.float32).reshape(-1, 4)
-        self._labels = np.array([label_of[item.category] for item in flat], dtype=np.int64)
+    @property
+    def coco(self) -> dict[str, Any]:
+        return {
+            "info": {},
+            "images": [
+                {"id": number, "file_name": name, "width": width, "height": height}
+                for number, (name, width, height) in zip(self.ids, self._names, strict=True)
+            ],
+            "annotations": self._objects.annotations(self.ids),
+            "categories": [
+                {"id": number, "name": name}
+                for number, name in zip(self.category_ids, self.category_names, strict=True)
+            ],
+        }
 
     def __len__(self) -> int:
         return len(self.paths)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "coco": None, "problems": None}  # a worker that is sent the set needs neither
 
     def read(self, index: int) -> tuple[Tensor, dict]:
         """Picture and target; Undecodable where the file cannot be decoded."""
         picture = decode(Path(self.paths[index]))
         height, width = picture.shape[-2:]
-        objects = slice(self._starts[index], self._starts[index + 1])
-        boxes = torch.from_numpy(self._boxes[objects].copy())
-        picture, boxes, (new_height, new_width) = placed(picture, boxes, self.size)
+        _, *known = self._names[index]
+        if [width, height] != known:
+            what = f"{width} x {height}, but {known[0]} x {known[1]} when the set was opened"
+            raise Undecodable(Finding("undecodable picture", self.paths[index], what))
+        boxes, categories = self._objects.trained(index)
+        boxes = np.clip(boxes, 0, np.array([width, height, width, height], dtype=np.float32))
+        picture, boxes, (new_height, new_width) = placed(picture, torch.from_numpy(boxes), self.size)
         return picture, {
             "boxes": boxes,
-            "labels": torch.from_numpy(self._labels[objects].copy()),
+            "labels": torch.from_numpy(np.searchsorted(self.category_ids, categories).astype(np.int64) + 1),
             "image_id": self.ids[index],
             "scale": (new_width / width, new_height / height),
             "size": (new_height, new_width),
@@ -141,7 +149,7 @@ class FolderPictures(Dataset):
 class UnlabeledPictures(FolderPictures):
     """All pictures of a folder and the folders below it, without annotations; targets are empty, ``unlabeled`` True.
 
-    Files without a picture's ending, and hidden ones, are passed over.
+    Files without a picture's ending, hidden ones, and links to folders are passed over.
 
     Args:
         folder: where to look.
@@ -186,7 +194,8 @@ def open_pictures(
 
     Every file's header and every box are looked at now, no pixels. What is wrong is left out and counted in
     ``problems`` (its text, ``str(problems)``, names the first of each kind); a file that turns out to be undecodable
-    while training is replaced by the next good one, counted and named once.
+    while training is replaced by the next good one, counted and named once. A damage that its decoder does not notice
+    (JPEG data altered in the middle) is not noticed here.
 
     Args:
         paths: folders. COCO: ``annotations/instances_<split>2017.json``, ``<split>2017/``. VOC: ``JPEGImages``,
@@ -224,26 +233,42 @@ def open_pictures(
     return FolderPictures(listing, size=size, problems=problems, on_bad=on_bad, hflip=hflip)
 
 
-def _document(records: list[Record], categories: list[tuple[int, str]]) -> dict[str, Any]:
-    annotations = []
-    for record in records:
-        for item in record.objects:
-            x1, y1, x2, y2 = item.box
-            entry = {
-                "id": len(annotations) + 1,  # not the file's: pycocotools takes 0 for "no match"
-                "image_id": record.id,
-                "category_id": item.category,
-                "bbox": [x1, y1, x2 - x1, y2 - y1],
-                "area": (x2 - x1) * (y2 - y1) if item.area is None else item.area,
-                "iscrowd": int(item.crowd or item.difficult),
-            }
-            annotations.append({**entry, "difficult": 1} if item.difficult else entry)
-    return {
-        "info": {},
-        "images": [{"id": r.id, "file_name": r.name, "width": r.width, "height": r.height} for r in records],
-        "annotations": annotations,
-        "categories": [{"id": number, "name": name} for number, name in categories],
-    }
+class _Objects:
+    """The objects of all pictures in flat arrays: a million of them as Python objects would be a gigabyte, which worker
+    processes copy as they touch it.
+    """
+
+    def __init__(self, records: list[Record]) -> None:
+        flat = [item for record in records for item in record.objects]
+        self.ends = np.cumsum([len(record.objects) for record in records])
+        self.boxes = np.array([item.box for item in flat], dtype=np.float64).reshape(-1, 4)
+        self.categories = np.array([item.category for item in flat], dtype=np.int64)
+        self.crowd = np.array([item.crowd for item in flat], dtype=bool)
+        self.difficult = np.array([item.difficult for item in flat], dtype=bool)
+        widths, heights = (self.boxes[:, 2:] - self.boxes[:, :2]).T
+        given = np.array([np.nan if item.area is None else item.area for item in flat], dtype=np.float64)
+        self.areas = np.where(np.isnan(given), widths * heights, given)
+
+    def trained(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Boxes and category ids of a picture's targets: no crowd, nothing difficult."""
+        of = slice(self.ends[index - 1] if index else 0, self.ends[index])
+        keep = ~(self.crowd[of] | self.difficult[of])
+        return self.boxes[of][keep].astype(np.float32), self.categories[of][keep]
+
+    def annotations(self, ids: list[int]) -> list[dict[str, Any]]:
+        """All of them as COCO's annotations."""
+        picture = np.searchsorted(self.ends, np.arange(len(self.boxes)), side="right").tolist()
+        extent = np.concatenate([self.boxes[:, :2], self.boxes[:, 2:] - self.boxes[:, :2]], axis=1)
+        ignored = (self.crowd | self.difficult).astype(int)
+        columns = (array.tolist() for array in (self.categories, extent, self.areas, ignored))
+        annotations = [
+            # Not the file's own id: pycocotools takes 0 for "no match".
+            {"id": n, "image_id": ids[at], "category_id": category, "bbox": box, "area": area, "iscrowd": ignore}
+            for n, (at, category, box, area, ignore) in enumerate(zip(picture, *columns, strict=True), start=1)
+        ]
+        for index in np.flatnonzero(self.difficult).tolist():
+            annotations[index]["difficult"] = 1
+        return annotations
 
 
 def coco_ground_truth(targets: list[dict], size: int, ids: list[int], names: list[str]) -> dict:

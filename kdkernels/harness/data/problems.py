@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 #: Every kind of problem, and what becomes of the thing that has it.
 KINDS = {
@@ -25,7 +25,7 @@ KINDS = {
     "box partly outside": "box clipped",
     "duplicate object": "the later one left out",
     "duplicate object id": "object kept, with an id of its own",
-    "undecodable picture": "another picture in its place",
+    "undecodable picture": "another one in its place in training, not scored in evaluation",
 }
 #: Problems of a kind that are named; the others are counted only.
 NAMED = 5
@@ -56,7 +56,7 @@ class Problems:
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[str]] = field(default_factory=dict)
     say: Callable[[str], None] | None = field(default=None, repr=False)
-    _met: set[Finding] = field(default_factory=set, repr=False)
+    _met: set[tuple[str, str]] = field(default_factory=set, repr=False)
 
     def add(self, kind: str, where: object, what: str) -> None:
         """Count a problem of a kind in ``KINDS``."""
@@ -67,9 +67,9 @@ class Problems:
 
     def meet(self, finding: Finding) -> None:
         """Count a problem that was found while pictures are read, unless it was met before, and say so."""
-        if finding in self._met:
+        if (finding.kind, finding.where) in self._met:
             return
-        self._met.add(finding)
+        self._met.add((finding.kind, finding.where))
         self.add(*finding)
         if self.counts[finding.kind] <= NAMED:
             text = f"warning: {finding.where}: {finding.what}; {KINDS[finding.kind]}"
@@ -79,6 +79,9 @@ class Problems:
             else:
                 print(text, file=sys.stderr, flush=True)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "say": None}  # who listens stays in the parent
+
     def __bool__(self) -> bool:
         return bool(self.counts)
 
@@ -86,7 +89,8 @@ class Problems:
         """One line per kind: its number, what was done, and the first of them."""
         if not self.counts:
             return "no problems in the data"
-        lines = [f"{sum(self.counts.values())} problems in the data:"]
+        total = sum(self.counts.values())
+        lines = [f"{total} problem{'s' if total > 1 else ''} in the data:"]
         for kind, count in self.counts.items():
             lines.append(f"  {kind}: {count} ({KINDS[kind]}); {self.examples[kind][0]}")
         return "\n".join(lines)

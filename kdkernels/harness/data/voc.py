@@ -147,7 +147,9 @@ def _parse(path: Path, digest: Any, problems: Problems) -> tuple | None:
         values = finite_box([_number(box.findtext(key)) for key in ("xmin", "ymin", "xmax", "ymax")], where, problems)
         if values is None:
             continue
-        x1, y1, x2, y2 = values[0] - 1, values[1] - 1, values[2], values[3]
+        # Some tools count from 0 all the same: what is below 1 stays as it is.
+        x1, y1 = (value - 1 if value >= 1 else value for value in values[:2])
+        x2, y2 = values[2:]
         if x2 <= x1 or y2 <= y1:
             problems.add("empty box", where, f"xmin {values[0]:g}, ymin {values[1]:g}, xmax {x2:g}, ymax {y2:g}")
             continue
