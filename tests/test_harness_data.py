@@ -74,6 +74,7 @@ def test_folder_scales_pads_and_maps_categories(tmp_path):
         ({"images": [{"id": 1, "file_name": "none.png"}], "annotations": [], "categories": [{"id": 1}]}, "none.png"),
         ({"images": [{"id": 1}], "annotations": [], "categories": [{"id": 1}, {"id": 1}]}, "the same id"),
         ({"images": [{"id": 1}], "annotations": [], "categories": [{"id": "x"}]}, "not a COCO instances file"),
+        ({"images": [{"id": 1}], "annotations": [], "categories": [{"id": 2**70}]}, "beyond 64 bits"),
         ([], "not a COCO instances file"),
     ],
 )

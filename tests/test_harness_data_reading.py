@@ -125,7 +125,7 @@ def test_digest_follows_annotations_and_what_is_left_out(sound):
 def test_every_kind_of_pixels_becomes_rgb(sound, mode):
     grey = np.tile(np.linspace(0, 255, 96).astype(np.uint8), (64, 1))
     if mode == "I;16":
-        unusual = Image.fromarray(grey.astype(np.uint16) * 257)
+        unusual = Image.fromarray(grey.astype(np.uint16) * 256)
     else:
         unusual = Image.fromarray(np.stack([grey] * 3, axis=2)).convert(mode)
     if mode == "P":

@@ -97,6 +97,14 @@ def test_sets_of_different_classes_are_joined_by_name(tmp_path):
         data.open_pictures(two, "train", size=SQUARE, classes=["emu"])
 
 
+def test_classes_of_the_same_name_cannot_be_joined(tmp_path):
+    root = voc_folder(tmp_path, "train", {"a": an_object("dog", 1, 1, 50, 50)})
+    with pytest.raises(data.DataError, match="two have the same: dog, dog"):
+        data.open_pictures(root, "train", size=SQUARE, classes=["dog", "dog"])
+    with pytest.raises(data.DataError, match="no folder is given"):
+        data.open_pictures([], "train", size=SQUARE)
+
+
 def test_coco_and_voc_are_joined_and_ids_stay_unique(tmp_path):
     scenes = data.ScenePictures(SMALL, "val")
     data.write_coco_folder(tmp_path / "coco", "val", scenes)
