@@ -74,6 +74,7 @@ class Distillation(nn.Module):
         names = [recipe.name for recipe in recipes]
         self.labels = [n if names.count(n) == 1 else f"{n}-{names[: i + 1].count(n)}" for i, n in enumerate(names)]
         self.needs_stages = any(recipe.needs_stages for recipe in recipes)
+        self.needs_dense = any(recipe.needs_dense for recipe in recipes)
         self.needs_unlabeled = any(recipe.needs_unlabeled for recipe in recipes)
         self._objectives: dict[tuple[str, ...], kd.DetectionDistillationLoss] = {}
         self._called: dict[tuple[str, ...], Callable[..., kd.DistillationResult]] = {}
@@ -209,7 +210,9 @@ def distilled(
     def objective(images: Tensor, targets: list[dict], index: int) -> Losses:
         norms = norms_every > 0 and index % norms_every == 0
         step = distillation.step(student, images, targets, index)
-        own = student.losses(step.features, targets)
+        # A dense head that a recipe reads as well runs once.
+        dense = {"dense": step.student_dense} if distillation.needs_dense else {}
+        own = student.losses(step.features, targets, **dense)
         losses = {}
         for name, value in own.items():
             weight = distillation.task_weight(name, step)

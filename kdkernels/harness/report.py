@@ -46,6 +46,8 @@ def write(
         progress.record(kind="result", **row(name, run), pictures=len(job.val))
     progress.record(kind="step_split", **parts)
     detectors = {name: student.detector for name, student in students.items()}
+    for detector in detectors.values():
+        detector.__dict__.pop("features", None)  # a compiled one, in the place of its own: operations are counted in it
     weights = save(folder, students)
     costs = {
         name: cost(x, options.image_size) for name, x in (("teacher", teacher[0]), ("student", detectors["alone"]))

@@ -154,7 +154,8 @@ class Step:
         kept = {
             key: pytree.tree_map(leaf, value)
             for key, value in self.found.items()
-            if key in ("dense", "matched", "teacher features", "teacher stages") or (key[0] == "rows")
+            if key in ("student dense", "teacher dense", "matched", "teacher features", "teacher stages")
+            or key[0] == "rows"
         }
         stages = None if self.stages is None else pytree.tree_map(leaf, dict(self.stages))
         step = replace(self, features=pytree.tree_map(leaf, dict(self.features)), stages=stages, found=kept)
@@ -226,20 +227,27 @@ class Step:
             ),
         )
 
+    @property
+    def student_dense(self) -> Dense:
+        """The student's dense predictions, on all of its levels."""
+        return self.once("student dense", lambda: self.student.dense(self.features))
+
+    @property
+    def teacher_dense(self) -> Dense:
+        """The teacher's."""
+        return self.once("teacher dense", lambda: self.teacher.dense(self.teacher_features))
+
     def dense(self) -> tuple[Dense, Dense]:
-        """The dense predictions of student and teacher.
+        """The dense predictions of student and teacher, on the levels that both have.
 
         Raises:
             ValueError: the two differ in anchors, classes or activation.
         """
 
         def make() -> tuple[Dense, Dense]:
-            mine, theirs = self.student.dense(self.features), self.teacher.dense(self.teacher_features)
-            if (mine.logits.shape, mine.activation, mine.grids) != (
-                theirs.logits.shape,
-                theirs.activation,
-                theirs.grids,
-            ):
+            mine = self._common(self.student_dense, self.features, "student")
+            theirs = self._common(self.teacher_dense, self.teacher_features, "teacher")
+            if (mine.logits.shape, *mine[2:4]) != (theirs.logits.shape, *theirs[2:4]):
                 raise ValueError(
                     "dense predictions are compared anchor by anchor, and those of student and teacher differ: "
                     f"logits {tuple(mine.logits.shape)} ({mine.activation}) on {mine.grids}, and "
@@ -249,9 +257,31 @@ class Step:
 
         return self.once("dense", make)
 
+    def _common(self, dense: Dense, features: Levels, side: str) -> Dense:
+        """The part of dense predictions that lies on paired levels."""
+        kept = [getattr(pair, side) for pair in pair_levels(self.student, self.teacher.detector)]
+        if kept == list(features):
+            return dense
+        grids = [grid for grid, name in zip(dense.grids, features, strict=True) if name in kept]
+        split = [height * width * cell for height, width, cell in dense.grids]
+
+        def of_levels(x: Tensor) -> Tensor:
+            parts = zip(x.split(split, 1), features, strict=True)
+            return torch.cat([part for part, name in parts if name in kept], 1)
+
+        quality = None if dense.quality is None else of_levels(dense.quality)
+        return Dense(of_levels(dense.logits), of_levels(dense.deltas), dense.activation, grids, quality)
+
     def matched(self) -> Matched:
         """The ground truth of the dense predictions' anchors; all 0 where pictures have none."""
-        return self.once("matched", lambda: self.student.matched(self.features, self.targets))
+
+        def make() -> Matched:
+            found = self.student.matched(self.features, self.targets)
+            whole = Dense(found.labels[..., None], found.deltas, "", self.student_dense.grids)
+            kept = self._common(whole, self.features, "student")
+            return Matched(kept.logits[..., 0], kept.deltas)
+
+        return self.once("matched", make)
 
     def class_rows(self, source: str = "teacher") -> ClassRows:
         """Class logits row by row: of the proposals of two stages, of all anchors of one.

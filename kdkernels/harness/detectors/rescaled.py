@@ -40,9 +40,9 @@ class Rescaled(nn.Module):
         """Of the scaled pictures."""
         return self.detector.features(self._images(images))
 
-    def losses(self, features: Features, targets: Targets) -> dict[str, Tensor]:
+    def losses(self, features: Features, targets: Targets, **dense: Any) -> dict[str, Tensor]:
         """With boxes in the pixels of the pictures as they are."""
-        return self.detector.losses(features, self._targets(targets))
+        return self.detector.losses(features, self._targets(targets), **dense)
 
     def detect(self, images: Tensor) -> list[dict[str, Tensor]]:
         """Boxes in the pixels of the pictures as they are."""

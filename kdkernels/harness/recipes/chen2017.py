@@ -8,7 +8,8 @@ is the two-class softmax of [0, z]. The hint is the mean squared (or absolute) d
 pyramid, through an adapter that is there whether channels differ or not.
 
 Rows are the teacher's proposals and the ground truth, and, of the RPN, ``rpn_batch`` anchors of each picture drawn at
-random, up to half of them positive.
+random, up to half of them positive. Levels of the RPN that have no partner of the same stride, as a student of
+half-size pictures has, are not trained by it.
 
 Keys: ``mu``, ``lambda``, ``gamma``, ``nu``, ``margin``, ``temperature``, ``background``; the paper's ablations
 ``classes`` (weighted, plain, hard: without the teacher), ``boxes`` (bounded, l2: to the teacher's deltas, none) and
@@ -50,6 +51,7 @@ class Chen2017(Recipe):
     name = "chen2017"
     Options = Options
     scenes = {"rpn_batch": 64}
+    needs_dense = True
 
     def __init__(self, options: Options, setup: Setup) -> None:
         super().__init__(options, setup)

@@ -32,7 +32,7 @@ class Hinton(Recipe):
 
     def __init__(self, options: Options, setup: Setup) -> None:
         super().__init__(options, setup)
-        head_kind(setup.student, setup.teacher)
+        self.needs_dense = head_kind(setup.student, setup.teacher) == "dense"
         if not 0 <= options.alpha <= 1:
             raise ValueError(f"hinton: alpha: expected a number in [0, 1], got {options.alpha}")
         term = "temperature_kl" if setup.logits[0] == "softmax" else "binary_kl"

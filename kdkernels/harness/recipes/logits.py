@@ -30,7 +30,7 @@ class Logits(Recipe):
 
     def __init__(self, options: Options, setup: Setup) -> None:
         super().__init__(options, setup)
-        head_kind(setup.student, setup.teacher)
+        self.needs_dense = head_kind(setup.student, setup.teacher) == "dense"
 
     def extra(self, step: Step) -> dict[str, Tensor]:
         rows = step.class_rows(self.options.proposals)

@@ -35,7 +35,7 @@ class NoisyTeacher(Recipe):
 
     def __init__(self, options: Options, setup: Setup) -> None:
         super().__init__(options, setup)
-        head_kind(setup.student, setup.teacher)
+        self.needs_dense = head_kind(setup.student, setup.teacher) == "dense"
         if options.sigma < 0:
             raise ValueError(f"noisy-teacher: sigma: expected a number of at least 0, got {options.sigma}")
         if not 0 <= options.probability <= 1:

@@ -40,6 +40,7 @@ class Objectness(Recipe):
     name = "objectness"
     Options = Options
     scenes = {"divisor": "objectness"}
+    needs_dense = True
 
     def __init__(self, options: Options, setup: Setup) -> None:
         super().__init__(options, setup)

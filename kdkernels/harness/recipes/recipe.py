@@ -75,6 +75,7 @@ class Recipe(nn.Module):
     Options: ClassVar[type]  #: a frozen dataclass; its defaults are the published weights
     scenes: ClassVar[Mapping[str, Any]] = {}  #: what the preset "scenes" changes
     needs_stages: bool = False
+    needs_dense: bool = False  #: whether it reads the dense head's predictions on pictures with ground truth
     needs_unlabeled: bool = False
 
     def __init__(self, options: Any, setup: Setup) -> None:
