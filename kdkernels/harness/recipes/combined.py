@@ -2,7 +2,8 @@
 
 Four losses for one read of the features. Published weights are the papers' own: ``pkd.py``, ``defeat.py``,
 ``chen2017.py`` (nu .5). For small scenes and AdamW they do worse than no distillation, as Adam hardly sees the scale of
-a loss and a large feature term crowds out the task: hence the preset ``scenes``.
+a loss and a large feature term crowds out the task: hence the preset ``scenes``. Proposals are a matter of two stages:
+between other detectors the features are what remains.
 
 Keys: ``pearson``, ``mse_foreground``, ``mse_background``, ``kl_foreground``, ``kl_background``,
 ``foreground_temperature``, ``background_temperature``, ``bound``, ``margin``, ``adapter``.
@@ -13,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..step import Step, head_kind
+from ..step import Step
 from .recipe import Recipe, Setup
 
 
@@ -45,40 +46,47 @@ class Combined(Recipe):
 
     def __init__(self, options: Options, setup: Setup) -> None:
         super().__init__(options, setup)
-        if head_kind(setup.student, setup.teacher) != "proposals":
-            raise ValueError("combined: its KL and bound are of proposals, and these detectors have one stage")
         self.pairs = setup.pairs()
         self.neck_adapter = self.adapter(self.pairs, options.adapter)
         self.terms |= {
             "pearson": {"loss_weight": options.pearson},
             "masked_mse": {"foreground_weight": options.mse_foreground, "background_weight": options.mse_background},
-            "decoupled_kl": {
-                "foreground_weight": options.kl_foreground,
-                "background_weight": options.kl_background,
-                "foreground_temperature": options.foreground_temperature,
-                "background_temperature": options.background_temperature,
-            },
-            # Smooth L1 is already among the detector's own losses. The divisor stays the number of all rows, as in
-            # torchvision's box loss.
-            "bounded_regression": {
-                "margin": options.margin,
-                "bound_weight": options.bound,
-                "smooth_l1_weight": 0.0,
-                "gate": "row",
-            },
         }
+        self.head = hasattr(setup.student, "head") and hasattr(setup.teacher, "head")
+        if self.head:
+            self.terms |= {
+                "decoupled_kl": {
+                    "foreground_weight": options.kl_foreground,
+                    "background_weight": options.kl_background,
+                    "foreground_temperature": options.foreground_temperature,
+                    "background_temperature": options.background_temperature,
+                },
+                # Smooth L1 is already among the detector's own losses. The divisor stays the number of all rows, as in
+                # torchvision's box loss.
+                "bounded_regression": {
+                    "margin": options.margin,
+                    "bound_weight": options.bound,
+                    "smooth_l1_weight": 0.0,
+                    "gate": "row",
+                },
+            }
 
     def inputs(self, step: Step) -> dict[str, Any]:
-        matching, rows = step.matching(self.pairs, self.neck_adapter), step.rows()
-        return {
+        matching = step.matching(self.pairs, self.neck_adapter)
+        given: dict[str, Any] = {
             "student_features": matching.student,
             "teacher_features": matching.teacher,
             "masks": step.masks(matching, "gt"),
-            "student_logits": rows.student_logits,
-            "teacher_logits": rows.teacher_logits,
-            "foreground": rows.foreground,
-            "student_deltas": rows.student_deltas,
-            "teacher_deltas": rows.teacher_deltas,
-            "target_deltas": rows.target_deltas,
-            "delta_weight": rows.foreground.float(),  # only rows with an object have a target
         }
+        if self.head:
+            rows = step.rows()
+            given |= {
+                "student_logits": rows.student_logits,
+                "teacher_logits": rows.teacher_logits,
+                "foreground": rows.foreground,
+                "student_deltas": rows.student_deltas,
+                "teacher_deltas": rows.teacher_deltas,
+                "target_deltas": rows.target_deltas,
+                "delta_weight": rows.foreground.float(),  # only rows with an object have a target
+            }
+        return given

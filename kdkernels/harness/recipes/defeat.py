@@ -21,7 +21,7 @@ from torch import Tensor
 
 import kdkernels as kd
 
-from ..step import Matching, Step, head_kind
+from ..step import Matching, Step
 from .recipe import Recipe, Setup
 
 
@@ -62,7 +62,7 @@ class DeFeat(Recipe):
         if options.masks == "fine" and options.backbone:
             raise ValueError("defeat: masks=fine needs anchors, which the stages of a backbone have none of")
         # One-stage detectors have no proposals: there the paper distils features alone.
-        self.head = options.head and head_kind_or_none(setup) == "proposals"
+        self.head = options.head and hasattr(setup.student, "head") and hasattr(setup.teacher, "head")
         if options.head and not self.head and (options.proposals, options.rows) != ("teacher", "all"):
             raise ValueError("defeat: proposals= and rows= are for two detectors of two stages")
         if not (options.neck or options.backbone or self.head):
@@ -137,11 +137,3 @@ def random_cells(mask: Tensor, generator: torch.Generator) -> Tensor:
     marked = mask.flatten(1).sum(1, keepdim=True)
     place = torch.rand(mask.flatten(1).shape, generator=generator).to(mask.device).argsort(1).argsort(1)
     return (place < marked).to(mask.dtype).view_as(mask)
-
-
-def head_kind_or_none(setup: Setup) -> str | None:
-    """What class logits the two detectors have in common, None where nothing."""
-    try:
-        return head_kind(setup.student, setup.teacher)
-    except ValueError:
-        return None

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..step import Step, head_kind
+from ..step import Step
 from .recipe import Recipe, Setup
 
 
@@ -39,7 +39,6 @@ class TADF(Recipe):
         # Positive proposals are a matter of two stages; of other pairs the features are what remains.
         self.head = hasattr(setup.student, "head") and hasattr(setup.teacher, "head")
         if self.head:
-            head_kind(setup.student, setup.teacher)
             self.terms["decoupled_kl"] = {
                 "foreground_weight": options.classes,
                 "background_weight": 0.0,
