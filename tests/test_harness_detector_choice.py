@@ -100,6 +100,7 @@ def test_a_text_becomes_settings_of_the_right_types():
     base = DetectorSettings(width=0.5, hidden=7)
     wanted = DetectorSettings(kind="fcos", width=0.5, hidden=7, depth=34, classes=3, image_size=320)
     assert settings_of("fcos:depth=34", base=base, classes=3, image_size=320) == wanted
+    assert settings_of("fcos:depth=34", depth=50).depth == 50
     assert settings_of("own_detector:build") is None
 
 
