@@ -6,11 +6,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import emulator_library
 import pytest
 import torch
+from joint_cases import HEADS, MAIN, STRANGE, SUBSETS, Given, clones, same, step
 from numerics import error
-from objective_cases import EPS, FEATURES, LOGITS, STUDENTS, TERMS, inputs_of, some, with_leaves
+from objective_cases import EPS, FEATURES, TERMS, inputs_of, some, with_leaves
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
@@ -20,59 +20,7 @@ from kdkernels import ops
 from kdkernels.losses import feature_pass, joint_pass
 
 pytestmark = pytest.mark.parametrize("backend", ["cuda"], indirect=True)
-no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU here, not in the emulator")
 F32, BF16 = torch.float32, torch.bfloat16
-MAIN = ("masked_mse", "pearson", "decoupled_kl", "bounded_regression")
-HEADS = (*LOGITS, "bounded_regression")
-Given = dict[str, Any]
-
-
-def clones(x: Any) -> Any:
-    return pytree.tree_map_only(Tensor, torch.clone, x)
-
-
-def step(terms: Given, given: Given, upstream: float = 1.0, frozen: tuple[int, ...] = ()) -> tuple[Any, list[Tensor]]:
-    """A call's result and the gradients of the students that ask for one."""
-    given = dict(given)
-    leaves = []
-    for name in STUDENTS:
-        x = given.get(name)
-        many = isinstance(x, list)
-        fresh = [v.detach().requires_grad_() for v in (x if many else [] if x is None else [x])]
-        if many:
-            fresh = [v.requires_grad_(i not in frozen) for i, v in enumerate(fresh)]
-        leaves += [v for v in fresh if v.requires_grad]
-        given[name] = fresh if many else fresh[0] if fresh else None
-    result = kd.DetectionDistillationLoss(**terms, one_pass=True)(**given)
-    grads = torch.autograd.grad(result.total, leaves, torch.tensor(upstream), allow_unused=True)
-    return result, list(grads)
-
-
-def same(monkeypatch: pytest.MonkeyPatch, terms: Given, given: Given, **options: Any) -> tuple[Any, list[Tensor]]:
-    """A step by the joint op, held against the same step by an op for each call."""
-    before, calls = clones(given), []
-    joint = ops.OPS[joint_pass.OP]["cuda"]
-    with monkeypatch.context() as patch:
-        patch.setitem(ops.OPS[joint_pass.OP], "cuda", lambda *x: (calls.append(x), joint(*x))[1])
-        found, grads = step(terms, given, **options)
-    assert len(calls) == 1
-    assert all(torch.equal(a, b) for a, b in zip(pytree.tree_leaves(given), pytree.tree_leaves(before), strict=True))
-    has_kernel = ops.has_kernel
-    with monkeypatch.context() as patch:
-        patch.setattr(ops, "has_kernel", lambda op, backend: op != joint_pass.OP and has_kernel(op, backend))
-        wanted, expected = step(terms, given, **options)
-    for a, b in zip(grads, expected, strict=True):
-        assert (a is None) == (b is None)
-        assert a is None or (a.dtype == b.dtype and a.stride() == b.stride() and torch.equal(a, b))
-    magnitude = sum(x.abs() for x in wanted.terms.values())
-    assert (found.total - wanted.total).abs() <= 4 * EPS * magnitude
-    for a, b in ((found.terms, wanted.terms), (found.details, wanted.details)):
-        assert a.keys() == b.keys()
-        assert all(x.dim() == 0 and not x.requires_grad and error(x, b[name]) <= 8 * EPS for name, x in a.items())
-    return found, grads
-
-
-SUBSETS = [MAIN, tuple(TERMS), FEATURES, HEADS, *((name,) for name in TERMS), ("pearson", "temperature_kl")]
 
 
 @pytest.mark.parametrize("terms", SUBSETS, ids="+".join)
@@ -135,15 +83,6 @@ def test_no_foreground_and_no_background(backend, monkeypatch):
         assert found.details[f"decoupled_kl/{'background' if value else 'foreground'}"] == 0
 
 
-STRANGE = {
-    "transposed": lambda x: x.t().contiguous().t(),
-    "every second row": lambda x: torch.stack([x, x], 1).flatten(0, 1)[::2],
-    "from column 1": lambda x: torch.cat([x, x], 1)[:, 1 : x.shape[1] + 1],
-    "misaligned": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
-    "two dimensions of rows": lambda x: x.view(2, -1, x.shape[1]).transpose(0, 1),
-}
-
-
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("layout", STRANGE)
 def test_rows_that_do_not_follow_each_other(layout, dtype, backend, monkeypatch):
@@ -175,104 +114,6 @@ def test_weights_on_the_device(backend, monkeypatch):
     assert found.terms["binary_kl"] == 0  # a divisor that is not positive
     assert error(found.total, wanted.total.detach()) <= 8 * EPS
     assert all(error(a, b) <= 8 * EPS for a, b in zip(grads, expected, strict=True))
-
-
-# Launches.
-
-
-@pytest.fixture
-def emulator():
-    library = emulator_library.load()
-    yield library
-    library.kdkernels_emulator_capability(90)
-    library.kdkernels_emulator_seed(0)
-
-
-def launches(emulator: Any, terms: Given, given: Given) -> tuple[int, int]:
-    """Of forward and backward."""
-    given, leaves = with_leaves(given)
-    objective = kd.DetectionDistillationLoss(**terms)
-    before = emulator.kdkernels_emulator_launches()
-    total = objective(**given).total
-    forward = emulator.kdkernels_emulator_launches() - before
-    torch.autograd.grad(total, leaves, allow_unused=True)
-    return forward, emulator.kdkernels_emulator_launches() - before - forward
-
-
-FIVE = [(2, 4, 20 // 2**i + 1, 30 // 2**i + 1) for i in range(5)]
-
-
-def with_logits(rows: int, classes: int, dtype: torch.dtype = F32) -> Given:
-    return {
-        "student_logits": torch.randn(rows, classes).to(dtype),
-        "teacher_logits": torch.randn(rows, classes).to(dtype),
-        "foreground": torch.rand(rows) < 0.3,
-        "target": torch.randint(0, classes, (rows,)),
-        "row_weight": torch.rand(rows),
-    }
-
-
-CHANNELS_LAST = {"memory_format": torch.channels_last}
-# What is beyond the three launches: terms, changed inputs and keywords, the capability, launches of a forward.
-BEYOND = {
-    "rows of a cluster": (MAIN, lambda given: with_logits(3, 17000), {}, 90, 4),
-    "rows of several blocks without clusters": (MAIN, lambda given: with_logits(3, 17000), {}, 80, 5),
-    "wide rows of one block each": (MAIN, lambda given: with_logits(3, 2500), {}, 90, 3),
-    "a gate over the batch": (MAIN, lambda given: {}, {"bounded_regression": {"gate": "batch"}}, 90, 6),
-    "logits of another dtype": (MAIN, lambda given: with_logits(64, 9, BF16), {}, 90, 4),
-    "labels to count": (("masked_mse", "soft_cross_entropy"), lambda given: with_logits(40000, 2), {}, 90, 5),
-    "foreground to count": (("decoupled_kl",), lambda given: with_logits(66000, 2), {}, 90, 3),
-    "Pearson on channels_last": (
-        MAIN,
-        lambda given: {
-            side: [x.to(**CHANNELS_LAST) for x in given[side]] for side in ("student_features", "teacher_features")
-        },
-        {},
-        90,
-        5,
-    ),
-}
-
-
-@no_gpu
-@pytest.mark.parametrize("case", BEYOND)
-def test_what_takes_launches_of_its_own(case, backend, emulator, monkeypatch):
-    terms, change, keywords, capability, expected = BEYOND[case]
-    emulator.kdkernels_emulator_capability(capability)
-    given = inputs_of(FIVE, 64)
-    given |= change(given)
-    configured = {name: keywords.get(name, {}) for name in terms}
-    assert launches(emulator, configured, given) == (expected, 1)
-    same(monkeypatch, configured, given)
-
-
-@no_gpu
-def test_more_levels_than_a_table_holds(backend, emulator, monkeypatch):
-    """Masks beyond the twelfth are counted by launches of their own, and the heads are added up once."""
-    terms = some(("masked_mse", "decoupled_kl", "bounded_regression"))
-    thirteen = inputs_of([(1, 3, 5 + i % 4, 6) for i in range(13)])
-    assert launches(emulator, terms, thirteen) == (5, 1)
-    same(monkeypatch, terms, thirteen)
-    same(monkeypatch, terms, inputs_of([(1, 3, 5 + i % 4, 6) for i in range(45)]))
-
-
-@no_gpu
-def test_masks_of_a_heads_launch_may_begin_anywhere(backend, monkeypatch):
-    given = inputs_of()
-    given["masks"] = [STRANGE["misaligned"](m.flatten(0, 1)).view(m.shape) for m in given["masks"]]
-    same(monkeypatch, some(MAIN), given)
-
-
-@no_gpu
-@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_the_order_of_threads_changes_nothing(dtype, backend, emulator):
-    given = inputs_of(rows=300, dtype=dtype)
-    found = []
-    for seed in range(4):
-        emulator.kdkernels_emulator_seed(seed)
-        result, grads = step(some(TERMS), given)
-        found.append([result.total, *result.terms.values(), *result.details.values(), *grads])
-    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(other, found[0], strict=True))
 
 
 @pytest.mark.parametrize("terms", [MAIN, tuple(TERMS), HEADS], ids="+".join)
