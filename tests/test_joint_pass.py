@@ -215,3 +215,7 @@ def test_the_op_tells_of_wrong_arguments(backend, monkeypatch):
         with pytest.raises(RuntimeError, match=said):
             op(*bad)
     op(*joint_pass.pack([head] * joint_pass.MOST_HEADS))
+    name, (student, teacher, *rest) = head
+    for changed in ((student, teacher.bfloat16()), (student.double(), teacher), (student, teacher[:, :-1])):
+        with pytest.raises(RuntimeError):
+            op(*joint_pass.pack([(name, [*changed, *rest])]))

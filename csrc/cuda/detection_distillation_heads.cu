@@ -85,7 +85,8 @@ class SharedLaunch {
   // Whether the head has its place in the launch now. Its sums will be at `workspace`.
   bool take(const Head& head, float* workspace, RowSums* sums) {
     const RowPair& pair = head.pair;
-    if (pair.student.dtype == Dtype::float16 || pair.columns > most_columns) return false;
+    if (!pair_served(pair.student.dtype, pair.teacher.dtype) || pair.columns > most_columns) return false;
+    if (pair.student.dtype == Dtype::float16) return false;
     if (heads_ && (pair.student.dtype != student_ || pair.teacher.dtype != teacher_)) return false;
     if (!place(head, workspace, sums)) return false;
     student_ = pair.student.dtype;

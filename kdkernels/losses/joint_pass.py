@@ -168,6 +168,7 @@ def _run_together(plans: Sequence[Plan], wanted: Sequence[list[int]]) -> tuple[T
             found.append([next(left) for _ in of_plan])
         else:
             plan.loss, plan.details = told[row, LOSS], call.told(told[row, PARTS]) if call.told else {}
-            found.append([next(left)] if of_plan else [])
+            grad = next(left)
+            found.append([grad for _ in of_plan])
             row += 1
     return loss, found
