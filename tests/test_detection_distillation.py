@@ -270,14 +270,21 @@ def test_the_op_tells_of_wrong_arguments():
             op(*bad, *rest)
 
 
-# What each part of the forward launches on CUDA; a backward of all is one launch.
+# What the forward launches on CUDA; a backward of all is one launch.
+MAIN = ("masked_mse", "pearson", "decoupled_kl", "bounded_regression")
 LAUNCHES = {
     ("masked_mse",): 3,  # the masks' counts, the features, the sums
     ("pearson",): 2,
     ("masked_mse", "pearson"): 3,
-    ("decoupled_kl",): 3,  # the rows' counts, the rows, their sum
-    ("bounded_regression",): 3,  # the rows, their sum, the gradient in the student's dtype
-    ("masked_mse", "pearson", "decoupled_kl", "bounded_regression"): 9,
+    ("decoupled_kl",): 2,  # the rows, their sum
+    ("temperature_kl",): 2,
+    ("soft_cross_entropy",): 2,
+    ("binary_kl",): 2,
+    ("bounded_regression",): 2,
+    ("decoupled_kl", "bounded_regression"): 2,
+    ("pearson", "decoupled_kl", "bounded_regression"): 3,
+    MAIN: 3,
+    tuple(TERMS): 3,
 }
 
 

@@ -21,6 +21,7 @@ FLOAT64 = {
 }
 CONVERSIONS = {
     r"bounded_regression\.bounded_regression_(rows|errors)": "a float64 target is rounded as it is read",
+    r"detection_distillation_heads\.detection_distillation_heads": "the same target, in the launch of all heads",
 }
 NARROW_LOADS = {
     r".*finish.*": "reads the partial results, not features or rows",

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../arguments.h"
+#include "row_sums.h"
 
 namespace kdkernels {
 namespace cuda {
@@ -14,7 +15,10 @@ const char* binary_kl_forward(const RowPair& pair, double temperature, const Row
                               float* loss, float* coefficients, void* stream);
 const char* binary_kl_backward(const RowPair& pair, double temperature, const float* grad_loss, bool per_row,
                                const float* coefficients, void* stream);
-// The loss and its gradient, which goes to pair.grad, times the loss weight.
+// The gradient, which goes to pair.grad, and what adds up to the loss, both times the loss weight.
+const char* binary_kl_sums(const RowPair& pair, double temperature, const RowReduction& reduction,
+                           const DeviceScalar& loss_weight, float* workspace, RowSums* sums, void* stream);
+// The same, and the sum.
 const char* binary_kl_one_pass(const RowPair& pair, double temperature, const RowReduction& reduction,
                                const DeviceScalar& loss_weight, float* workspace, float* loss, void* stream);
 

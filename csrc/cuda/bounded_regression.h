@@ -4,6 +4,7 @@
 #include <stdint.h>
 
 #include "../arguments.h"
+#include "row_sums.h"
 
 namespace kdkernels {
 namespace cuda {
@@ -16,6 +17,13 @@ int64_t bounded_regression_workspace(int64_t rows);
 const char* bounded_regression_forward(const RowPair& pair, const RowView& target,
                                        const BoundedRegressionOptions& options, float* workspace, float* loss,
                                        float* derivative, void* stream);
+
+// The gradient, which goes to pair.grad, and what adds up to the loss, both times the loss weight; and with the sum.
+const char* bounded_regression_sums(const RowPair& pair, const RowView& target, const BoundedRegressionOptions& options,
+                                    const DeviceScalar& loss_weight, float* workspace, RowSums* sums, void* stream);
+const char* bounded_regression_one_pass(const RowPair& pair, const RowView& target,
+                                        const BoundedRegressionOptions& options, const DeviceScalar& loss_weight,
+                                        float* workspace, float* loss, void* stream);
 
 // pair.grad is written.
 const char* bounded_regression_backward(const RowPair& pair, const float* grad_loss, bool per_row,

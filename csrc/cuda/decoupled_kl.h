@@ -1,10 +1,18 @@
 // The entry points of decoupled_kl.cu.
 #pragma once
 
-#include "../arguments.h"
+#include "kl_rows.h"
 
 namespace kdkernels {
 namespace cuda {
+
+inline KlRegions decoupled_kl_regions(const DecoupledKlOptions& options) {
+  return KlRegions{options.foreground,
+                   {options.background_temperature, options.foreground_temperature},
+                   RowReduction{options.reduction, false, DeviceScalar{0, nullptr}},
+                   {options.background_weight, options.foreground_weight},
+                   options.reduction == RowReduction::mean_rows};
+}
 
 // Floats of workspace that a forward needs; one pass too, with its gradient in pair.grad.
 int64_t decoupled_kl_workspace(const RowPair& pair, const DecoupledKlOptions& options);

@@ -1,9 +1,11 @@
 // Masked MSE and Pearson on the same features, loss and gradient in one pass, on the GPU. First the masks are counted,
 // then each feature is read and its gradient written (feature_plan.h: by which kernel, and what stays on chip), then
-// one block adds up what the others left. Three launches for a pyramid of planes. Workspace: 20 bytes per block, and
-// for Pearson on channels_last a few thousandths of the features' bytes.
+// one block adds up what the others left. Three launches for a pyramid of planes. The losses of a detector's heads ride
+// with the first and the last of them (detection_distillation_heads.cu). Workspace: 20 bytes per block, and for Pearson
+// on channels_last a few thousandths of the features' bytes.
 #include "detection_distillation.h"
 
+#include "detection_distillation_heads.cuh"
 #include "mask_tile.cuh"
 #include "pass_pixels.cuh"
 #include "pass_planes.cuh"
@@ -59,9 +61,10 @@ feature_tiles(const TilesTable table, const float* counts, const PassOptions opt
 // The host's side: the plan of a call, and where in the workspace its launches leave what.
 class Pass {
  public:
-  Pass(const FeatureLevel* levels, const bool* pearson, int count) : levels_(levels), pearson_(pearson), count_(count) {
-    for (int i = 0; i < count; ++i) {
-      const FeatureLevel& level = levels[i];
+  explicit Pass(const Objective& objective)
+      : objective_(objective), levels_(objective.levels), pearson_(objective.pearson), count_(objective.count) {
+    for (int i = 0; i < count_; ++i) {
+      const FeatureLevel& level = levels_[i];
       const Dtype student = level.student.dtype, teacher = level.teacher.dtype;
       const auto bytes = [](Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; };
       plan::FeatureShape shape{level.n,
@@ -74,17 +77,17 @@ class Pass {
                                false,
                                merges(level, false),
                                level.mask != nullptr,
-                               pearson[i],
+                               pearson_[i],
                                level.grad.data != nullptr};
-      shape.channels_inner = pearson[i] ? channels_inner(level) : plan_segment(level, i).channels_inner;
+      shape.channels_inner = pearson_[i] ? channels_inner(level) : plan_segment(level, i).channels_inner;
       shapes_.push_back(shape);
       elements_ += shape.elements();
     }
     const int code = capability_of(feature_planes<float, float>);
     plans_ = plan::plan_features(shapes_, plan::architecture(compute_capability(), code));
-    finish_.resize(size_t(count));
-    for (int i = 0; i < count; ++i) {
-      const FeatureLevel& level = levels[i];
+    finish_.resize(size_t(count_));
+    for (int i = 0; i < count_; ++i) {
+      const FeatureLevel& level = levels_[i];
       const plan::FeatureShape& shape = shapes_[size_t(i)];
       const plan::FeaturePlan& p = plans_.levels[size_t(i)];
       FinishLevel& f = finish_[size_t(i)];
@@ -103,10 +106,12 @@ class Pass {
   }
 
   int64_t workspace_floats() const {
-    return 2 * counts_ + results_ + channels_ * statistics_per_channel + parts_ * pass_parts;
+    return 2 * counts_ + results_ + channels_ * statistics_per_channel + parts_ * pass_parts +
+           heads_workspace(objective_.heads, objective_.head_count);
   }
 
-  const char* run(const FeatureOptions& options, float* workspace, float* loss, float* values, void* stream) {
+  const char* run(float* workspace, float* loss, float* values, float* told, void* stream) {
+    const FeatureOptions& options = objective_.options;
     options_ = PassOptions{options, 1, 1};
     int masked = 0, pearson = 0;
     for (const plan::FeatureShape& shape : shapes_) {
@@ -119,8 +124,11 @@ class Pass {
     results_at_ = counts_at_ + 2 * counts_;
     statistics_at_ = results_at_ + results_;
     parts_at_ = statistics_at_ + channels_ * statistics_per_channel;
+    heads_.count = objective_.head_count;
+    heads_.told = told;
+    heads_at_ = parts_at_ + parts_ * pass_parts;
     stream_ = stream;
-    const char* error = count_masks();
+    const char* error = heads_and_masks();
     if (!error) error = planes();
     if (!error) error = tiles();
     if (!error) error = pixels();
@@ -128,6 +136,7 @@ class Pass {
   }
 
  private:
+  const Objective& objective_;
   const FeatureLevel* levels_;
   const bool* pearson_;
   int count_;
@@ -137,7 +146,9 @@ class Pass {
   std::vector<FinishLevel> finish_;
   int64_t counts_ = 0, results_ = 0, channels_ = 0, parts_ = 0;
   PassOptions options_;
+  FinishHeads heads_{};
   float *counts_at_ = nullptr, *results_at_ = nullptr, *statistics_at_ = nullptr, *parts_at_ = nullptr;
+  float* heads_at_ = nullptr;
   int64_t left_ = 0;  // blocks whose parts were left so far
   void* stream_ = nullptr;
 
@@ -154,27 +165,43 @@ class Pass {
     return at;
   }
 
-  const char* count_masks() {
+  // The first masks are counted beside the heads, if any of these shares a launch.
+  const char* heads_and_masks() {
     int next = 0;
-    int64_t counted = 0;
-    while (next < count_) {
-      CountTable table{};
-      for (; next < count_ && table.count < max_segments; ++next) {
-        const Region& region = finish_[size_t(next)].region;
-        if (region.counts == 0) continue;
-        CountSegment s{region.mask, levels_[next].n * levels_[next].h * levels_[next].w, 0, 0, region.counts,
-                       table.blocks};
-        s.ahead = int(reinterpret_cast<uintptr_t>(region.mask) / sizeof(float) % vector_size);
-        s.per_block = divided(divided(s.ahead + s.pixels, vector_size), s.counted_by) * vector_size;
-        table.blocks += s.blocks();
-        table.segment[table.count++] = s;
+    CountTable table = next_masks(&next);
+    bool counted = false;
+    if (heads_.count > 0) {
+      if (const char* error = launch_heads(objective_.heads, heads_.count, table, counts_at_, heads_at_, heads_.head,
+                                           &counted, stream_)) {
+        return error;
       }
-      const Launch how{table.blocks, plan::count_threads, int(sizeof(float)) * 2 * (plan::count_threads / warp_size),
-                       stream_};
-      if (const char* error = launch(feature_counts, how, table, counts_at_ + 2 * counted)) return error;
-      counted += table.blocks;
+    }
+    float* at = counts_at_;
+    for (; table.blocks > 0; table = next_masks(&next)) {
+      const Launch how{table.blocks, plan::count_threads, count_scratch_bytes, stream_};
+      if (!counted) {
+        if (const char* error = launch(feature_counts, how, table, at)) return error;
+      }
+      counted = false;
+      at += 2 * table.blocks;
     }
     return nullptr;
+  }
+
+  // As many masks as a table holds, from level *next on.
+  CountTable next_masks(int* next) const {
+    CountTable table{};
+    for (; *next < count_ && table.count < max_segments; ++*next) {
+      const Region& region = finish_[size_t(*next)].region;
+      if (region.counts == 0) continue;
+      const FeatureLevel& level = levels_[*next];
+      CountSegment s{region.mask, level.n * level.h * level.w, 0, 0, region.counts, table.blocks};
+      s.ahead = int(reinterpret_cast<uintptr_t>(region.mask) / sizeof(float) % vector_size);
+      s.per_block = divided(divided(s.ahead + s.pixels, vector_size), s.counted_by) * vector_size;
+      table.blocks += s.blocks();
+      table.segment[table.count++] = s;
+    }
+    return table;
   }
 
   const char* planes() {
@@ -277,32 +304,33 @@ class Pass {
   }
 
   const char* finish(float* loss, float* values) {
-    const char* error = nullptr;
-    for (int next = 0; next < count_ && !error;) {
+    int next = 0;
+    do {
       FinishTable table{};
       table.first = next == 0;
       table.levels = count_;
       for (; next < count_ && table.count < plan::max_finish_levels; ++next) {
         table.level[table.count++] = finish_[size_t(next)];
       }
-      const int doubles = table.count * (finish_warps + 1) * pass_parts;
+      const int doubles =
+          table.count * (finish_warps + 1) * pass_parts + heads_.count * (finish_warps * most_row_parts + 1);
       const Launch how{1, finish_threads, int(sizeof(double)) * doubles, stream_};
-      error = launch(feature_finish, how, table, parts_at_, counts_at_, options_, loss, values);
-    }
-    return error;
+      const char* error = launch(feature_finish, how, table, parts_at_, counts_at_, options_, heads_, loss, values);
+      if (error) return error;
+      heads_.count = 0;  // they are told
+    } while (next < count_);
+    return nullptr;
   }
 };
 
 }  // namespace
 
-int64_t detection_distillation_workspace(const FeatureLevel* levels, const bool* pearson, int count) {
-  return Pass(levels, pearson, count).workspace_floats();
-}
+int64_t detection_distillation_workspace(const Objective& objective) { return Pass(objective).workspace_floats(); }
 
-const char* detection_distillation_features(const FeatureLevel* levels, const bool* pearson, int count,
-                                            const FeatureOptions& options, float* workspace, float* loss, float* values,
-                                            void* stream) {
-  return Pass(levels, pearson, count).run(options, workspace, loss, values, stream);
+const char* detection_distillation(const Objective& objective, float* workspace, float* loss, float* values,
+                                   float* told, void* stream) {
+  if (objective.head_count > most_heads) return "more heads than a launch adds up";
+  return Pass(objective).run(workspace, loss, values, told, stream);
 }
 
 KD_NAMESPACE_END

@@ -13,7 +13,7 @@ namespace plan {
 constexpr int vector_size = 8;  // elements that a thread moves at a time
 // Levels of a launch: a table stays below the 4 KB of arguments that every driver takes.
 constexpr int max_segments = 12;
-constexpr int max_finish_levels = 48;
+constexpr int max_finish_levels = 40;
 
 inline int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../arguments.h"
+#include "row_sums.h"
 
 namespace kdkernels {
 namespace cuda {
@@ -26,8 +27,11 @@ const char* kl_rows_forward(const RowPair& pair, const KlRegions& regions, float
                             float* statistics, void* stream);
 const char* kl_rows_backward(const RowPair& pair, const float* grad_loss, bool per_row, const float* statistics,
                              void* stream);
-// The loss and its gradient, which goes to pair.grad, times the loss weight. parts, unless null: the foreground's share
-// of the loss, and the rest.
+// The gradient, which goes to pair.grad, and what adds up to the loss, both times the loss weight. Of two parts, the
+// first is the foreground's.
+const char* kl_rows_sums(const RowPair& pair, const KlRegions& regions, const DeviceScalar& loss_weight,
+                         float* workspace, RowSums* sums, void* stream);
+// The same, and the sum. parts, unless null: the foreground's share of the loss, and the rest.
 const char* kl_rows_one_pass(const RowPair& pair, const KlRegions& regions, const DeviceScalar& loss_weight,
                              float* workspace, float* loss, float* parts, void* stream);
 

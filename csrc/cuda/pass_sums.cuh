@@ -1,46 +1,15 @@
-// What comes before the features and after them: the counts of the masks' regions, and the sums of what blocks left.
+// What comes before the features and after them: the counts of the masks' regions, and the sums of what blocks left,
+// those of the heads among them.
 #pragma once
 
 #include "feature_pass.cuh"
+#include "mask_counts.cuh"
+#include "row_sums.h"
 
 KD_NAMESPACE_BEGIN
 
-struct CountSegment {
-  const float* mask;
-  int64_t pixels, per_block;  // per_block: whole vectors
-  int ahead;                  // pixels of the first vector that lie before the mask: vectors are aligned
-  int counted_by;             // blocks
-  int64_t first_block;        // of the launch
-
-  int64_t blocks() const { return counted_by; }
-};
-using CountTable = SegmentTable<CountSegment>;
-
-// Each block: the sum of its part of a mask, and of one minus it.
 KD_GLOBAL(plan::count_threads, 4)
-feature_counts(const CountTable table, float* counts) {
-  const CountSegment& segment = find_segment(table);
-  const int64_t first = (block_index() - segment.first_block) * segment.per_block;
-  const int64_t end = segment.ahead + segment.pixels, last = first + segment.per_block;
-  float sums[2] = {};
-  for (int64_t at = first + thread_index() * vector_size; at < last && at < end;
-       at += plan::count_threads * vector_size) {
-    const Piece p{0, at == 0 ? segment.ahead : 0, end - at < vector_size ? int(end - at) : vector_size};
-    const Vector m = load_piece(segment.mask - segment.ahead + at, 1, p);
-    float inside = 0, outside = 0;
-    KD_UNROLL for (int i = 0; i < vector_size; ++i) {
-      inside += m.x[i];
-      outside += i >= p.begin && i < p.end ? 1.0f - m.x[i] : 0.0f;
-    }
-    sums[0] += inside;
-    sums[1] += outside;
-  }
-  sum_of_block(sums, shared_memory<float>());
-  if (thread_index() == 0) {
-    counts[2 * block_index()] = sums[0];
-    counts[2 * block_index() + 1] = sums[1];
-  }
-}
+feature_counts(const CountTable table, float* counts) { block_of_counts(block_index(), table, counts); }
 
 // One block: adds up what the blocks of each level left, in their order.
 struct FinishLevel {
@@ -54,7 +23,15 @@ struct FinishTable {
   int levels;  // of the call
   FinishLevel level[plan::max_finish_levels];
 };
-static_assert(sizeof(FinishTable) + sizeof(PassOptions) < 4000, "leaves room for a kernel's other arguments");
+// What the heads' blocks left, and where their losses go: `told` has a row for the features, then one for each head, of
+// the loss and its parts. None: null.
+struct FinishHeads {
+  int count;
+  RowSums head[most_heads];
+  float* told;
+};
+static_assert(sizeof(FinishTable) + sizeof(PassOptions) + sizeof(FinishHeads) < 4000,
+              "leaves room for a kernel's other arguments");
 constexpr int finish_threads = 512, finish_warps = finish_threads / warp_size;
 
 KD_DEVICE void write_values(const double (&sums)[pass_parts], const PassOptions& options, float* row) {
@@ -66,11 +43,19 @@ KD_DEVICE void write_values(const double (&sums)[pass_parts], const PassOptions&
   row[value_pearson_norm] = options.terms.norms ? float(sums[part_pearson_norm]) : 0.0f;
 }
 
+// The sum over a warp, in each of its lanes.
+KD_DEVICE double sum_of_lanes_double(double value) {
+  KD_UNROLL for (int bits = warp_size / 2; bits > 0; bits /= 2) value += shuffle_xor_double(value, bits);
+  return value;
+}
+
 KD_GLOBAL(finish_threads, 1)
-feature_finish(const FinishTable table, const float* parts, const float* counts, const PassOptions options, float* loss,
-               float* values) {
+feature_finish(const FinishTable table, const float* parts, const float* counts, const PassOptions options,
+               const FinishHeads heads, float* loss, float* values) {
   double* of_warps = shared_memory<double>();  // [level][warp][part], then the levels' [level][part]
   double* totals = of_warps + table.count * finish_warps * pass_parts;
+  double* of_heads = totals + table.count * pass_parts;  // [head][warp][part], then the heads' [head]
+  double* losses = of_heads + heads.count * finish_warps * most_row_parts;
   const int warp = thread_index() / warp_size;
   for (int i = 0; i < table.count; ++i) {
     double sums[pass_parts] = {};
@@ -81,11 +66,39 @@ feature_finish(const FinishTable table, const float* parts, const float* counts,
       }
     }
     KD_UNROLL for (int k = 0; k < pass_parts; ++k) {
-      KD_UNROLL for (int bits = warp_size / 2; bits > 0; bits /= 2) sums[k] += shuffle_xor_double(sums[k], bits);
+      sums[k] = sum_of_lanes_double(sums[k]);
       if (thread_index() % warp_size == 0) of_warps[(i * finish_warps + warp) * pass_parts + k] = sums[k];
     }
   }
+  for (int i = 0; i < heads.count; ++i) {
+    const RowSums& head = heads.head[i];
+    double sums[most_row_parts] = {};
+    for (int64_t b = thread_index(); b < head.blocks; b += finish_threads) {
+      KD_UNROLL for (int k = 0; k < most_row_parts; ++k) {
+        if (k < head.parts) sums[k] += head.values[b * head.parts + k];
+      }
+    }
+    KD_UNROLL for (int k = 0; k < most_row_parts; ++k) {
+      sums[k] = sum_of_lanes_double(sums[k]);
+      if (thread_index() % warp_size == 0) of_heads[(i * finish_warps + warp) * most_row_parts + k] = sums[k];
+    }
+  }
   block_sync();
+  if (thread_index() < heads.count) {
+    const int i = thread_index();
+    double sums[most_row_parts] = {};
+    for (int w = 0; w < finish_warps; ++w) {
+      KD_UNROLL for (int k = 0; k < most_row_parts; ++k) sums[k] +=
+          of_heads[(i * finish_warps + w) * most_row_parts + k];
+    }
+    losses[i] = 0;
+    float* told = heads.told + (i + 1) * told_columns;
+    KD_UNROLL for (int k = 0; k < most_row_parts; ++k) {
+      losses[i] += sums[k];
+      told[1 + k] = float(sums[k]);
+    }
+    told[0] = float(losses[i]);
+  }
   for (int i = warp; i < table.count; i += finish_warps) {
     const FinishLevel& level = table.level[i];
     RegionSums<double> scales{0, 0};
@@ -102,6 +115,8 @@ feature_finish(const FinishTable table, const float* parts, const float* counts,
   }
   block_sync();
   if (thread_index() != 0) return;
+  double of_all_heads = 0;
+  for (int i = 0; i < heads.count; ++i) of_all_heads += losses[i];
   float* row = values + table.levels * feature_values;
   double sums[pass_parts] = {};
   for (int i = 0; i < table.count; ++i) {
@@ -112,7 +127,8 @@ feature_finish(const FinishTable table, const float* parts, const float* counts,
   KD_UNROLL for (int k = 0; k < feature_values; ++k) before[k] = table.first ? 0.0f : row[k];
   write_values(sums, options, row);
   KD_UNROLL for (int k = 0; k < feature_values; ++k) row[k] += before[k];
-  *loss = float(table.first ? total : *loss + total);
+  *loss = float(table.first ? total + of_all_heads : *loss + (total + of_all_heads));
+  if (heads.told) heads.told[0] = float(table.first ? total : heads.told[0] + total);
 }
 
 KD_NAMESPACE_END

@@ -2,7 +2,8 @@
 //
 // A Loss, which travels by value, has for the forward:
 //
-// - Context context(): what it must know of all rows. The whole warp takes part.
+// - Context context(scratch): what it must know of all rows. The whole block takes part; `scratch` is a float per warp,
+//   free again afterwards.
 // - batch: vectors of each side that a thread has in flight, in the first read.
 // - Row row(context, r): what it must know of a row. row.skip: none of its columns counts.
 // - Sums start(row), as rows.cuh wants Sums to be.
@@ -11,14 +12,17 @@
 // - Second, and add_again(second, row, sums, look, s, t, at): the same for the second read.
 // - float finish(row, r, sums, look, second, sides): the row's value. Keeps what the backward needs.
 // - one_pass: whether the kernel writes the gradient too, once a row's sums are known: from shared memory where the
-// rows
-//   are there, else from where they lie, most likely a cache. Then it also has GradientRow gradient_row(row, r, sums),
-//   and float gradient(gradient row, s, t, column).
+//   rows are there, else from where they lie, most likely a cache. Then it also has GradientRow gradient_row(row, r,
+//   sums), and float gradient(gradient row, s, t, column).
 // - parts, and int part(row): which of so many sums a row's value belongs to.
+//
+// What a block does is a function of the block's number among those of the loss: in a launch of the loss's own it is
+// the block's index, in that of several losses (detection_distillation_heads.cu) it is not.
 #pragma once
 
 #include "row_gradients.cuh"
 #include "row_sums.cuh"
+#include "row_sums.h"
 #include "rows.cuh"
 
 KD_NAMESPACE_BEGIN
@@ -80,16 +84,16 @@ KD_DEVICE void add_to_part(const Loss& loss, const typename Loss::Row& row, floa
 }
 
 template <class Loss, class S, class T>
-KD_GLOBAL(row_threads, 3)
-rows_in_place(const RowPlan plan, const Loss loss, const RowView student, const RowView teacher, const RowView grad,
-              Pass pass, RowResults results) {
+KD_DEVICE void block_of_rows_in_place(int64_t block, const RowPlan& plan, const Loss& loss, const RowView& student,
+                                      const RowView& teacher, const RowView& grad, Pass pass,
+                                      const RowResults& results) {
   Exchange exchange{shared_memory<float>(), 0};
   const int blocks = pass == Pass::parts || (Loss::one_pass && pass == Pass::rest) ? plan.parts : plan.cluster;
-  const int64_t group = block_index() / blocks;
-  const int rank = int(block_index() % blocks), thread = thread_index();
+  const int64_t group = block / blocks;
+  const int rank = int(block % blocks), thread = thread_index();
   const Share share =
       plan.block ? Share{rank * row_threads + thread, row_threads * blocks} : Share{thread % plan.lanes, plan.lanes};
-  const typename Loss::Context context = loss.context();
+  const typename Loss::Context context = loss.context(exchange.memory);
   float totals[Loss::parts] = {};
   KD_NO_UNROLL for (int turn = 0; turn < plan.turns; ++turn) {
     const int64_t first = (group * plan.turns + turn) * plan.at_once;
@@ -130,6 +134,13 @@ rows_in_place(const RowPlan plan, const Loss loss, const RowView student, const 
   if (pass == Pass::parts) return;
   store_group(results, group, rank == 0, totals, exchange.memory);
   if (plan.cluster > 1) cluster_sync();  // the other blocks have read what this one has
+}
+
+template <class Loss, class S, class T>
+KD_GLOBAL(row_threads, 3)
+rows_in_place(const RowPlan plan, const Loss loss, const RowView student, const RowView teacher, const RowView grad,
+              Pass pass, RowResults results) {
+  block_of_rows_in_place<Loss, S, T>(block_index(), plan, loss, student, teacher, grad, pass, results);
 }
 
 // Starts to copy neighbouring elements to shared memory, as far from a multiple of 16 bytes as they were, and says
@@ -174,17 +185,16 @@ KD_DEVICE void unstage(const T* from, int count, T* to) {
 }
 
 template <class Loss, class S, class T>
-KD_GLOBAL(row_threads, 3)
-rows_staged(const RowPlan plan, const Loss loss, const RowView student, const RowView teacher, const RowView grad,
-            RowResults results) {
+KD_DEVICE void block_of_rows_staged(int64_t block, const RowPlan& plan, const Loss& loss, const RowView& student,
+                                    const RowView& teacher, const RowView& grad, const RowResults& results) {
   Exchange exchange{shared_memory<float>(), 0};
   char* area_s = shared_memory<char>() + exchange_bytes;
   char* area_t = area_s + (plan.at_once * plan.columns * int(sizeof(S)) + 31) / 16 * 16;
   const Share share{thread_index() % plan.lanes, plan.lanes};
-  const typename Loss::Context context = loss.context();
+  const typename Loss::Context context = loss.context(exchange.memory);
   float totals[Loss::parts] = {};
   KD_NO_UNROLL for (int turn = 0; turn < plan.turns; ++turn) {
-    const int64_t first = (block_index() * plan.turns + turn) * plan.at_once;
+    const int64_t first = (block * plan.turns + turn) * plan.at_once;
     if (first >= plan.rows) break;
     const int64_t left = plan.rows - first;
     const int count = int(left < plan.at_once ? left : plan.at_once);
@@ -223,7 +233,14 @@ rows_staged(const RowPlan plan, const Loss loss, const RowView student, const Ro
       unstage(s, count * plan.columns, reinterpret_cast<S*>(grad.data) + begin);
     }
   }
-  store_group(results, block_index(), true, totals, exchange.memory);
+  store_group(results, block, true, totals, exchange.memory);
+}
+
+template <class Loss, class S, class T>
+KD_GLOBAL(row_threads, 3)
+rows_staged(const RowPlan plan, const Loss loss, const RowView student, const RowView teacher, const RowView grad,
+            RowResults results) {
+  block_of_rows_staged<Loss, S, T>(block_index(), plan, loss, student, teacher, grad, results);
 }
 
 // Host: what the kernels of this file run as. The finishing kernel, of the same source, speaks for all.
@@ -234,15 +251,16 @@ inline int64_t rows_workspace(const RowPlan& plan, int parts = 1) {
   return plan.groups * parts + (plan.parts > 1 ? plan.rows * plan.parts * exchange_floats : 0);
 }
 
-// Host: the row kernels, and the sum of what they leave; its parts go to `parts`, unless that is null.
+// Host: the row kernels. They leave their sums in the workspace; `keep`: each row's value instead, at `values`.
 template <class Loss>
 const char* launch_rows(const RowPlan& plan, const RowPair& pair, const Loss& loss, bool keep, float* workspace,
-                        float* result, float* parts, void* stream) {
+                        float* values, RowSums* sums, void* stream) {
   if (pair.columns > most_columns) return "more classes than a kernel can number";
-  const char* error = with_types(pair.student.dtype, pair.teacher.dtype, [&](auto s, auto t) -> const char* {
+  *sums = RowSums{workspace, plan.groups, Loss::parts};
+  return with_types(pair.student.dtype, pair.teacher.dtype, [&](auto s, auto t) -> const char* {
     using S = decltype(s);
     using T = decltype(t);
-    const RowResults results{keep, keep ? result : workspace, workspace + plan.groups * Loss::parts};
+    const RowResults results{keep, keep ? values : workspace, workspace + plan.groups * Loss::parts};
     Launch how{plan.groups, row_threads, plan.shared_bytes, stream};
     if (plan.staged) {
       return launch(rows_staged<Loss, S, T>, how, plan, loss, pair.student, pair.teacher, pair.grad, results);
@@ -259,8 +277,6 @@ const char* launch_rows(const RowPlan& plan, const RowPair& pair, const Loss& lo
     how.cluster = plan.cluster;
     return launch(rows_in_place<Loss, S, T>, how, plan, loss, pair.student, pair.teacher, pair.grad, pass, results);
   });
-  if (error || keep) return error;
-  return launch_finish_rows<Loss::parts>(workspace, plan.groups, result, stream, parts);
 }
 
 KD_NAMESPACE_END

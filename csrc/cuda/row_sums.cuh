@@ -40,15 +40,15 @@ inline RowFactor row_factor(const RowReduction& reduction, double counted_rows, 
 // Adds up each of n values over the block and leaves the sums at partials[block * n]. All threads take part. `scratch`:
 // n floats per warp, as for sum_of_block.
 template <int n>
-KD_DEVICE void store_partials(float (&values)[n], float* scratch, float* partials) {
+KD_DEVICE void store_partials(int64_t block, float (&values)[n], float* scratch, float* partials) {
   sum_of_block(values, scratch);
   if (thread_index() == 0) {
-    KD_UNROLL for (int k = 0; k < n; ++k) partials[block_index() * n + k] = values[k];
+    KD_UNROLL for (int k = 0; k < n; ++k) partials[block * n + k] = values[k];
   }
 }
-KD_DEVICE void store_partial(float value, float* scratch, float* partials) {
+KD_DEVICE void store_partial(int64_t block, float value, float* scratch, float* partials) {
   float values[1] = {value};
-  store_partials(values, scratch, partials);
+  store_partials(block, values, scratch, partials);
 }
 
 constexpr int finish_row_threads = 512;

@@ -39,6 +39,9 @@ struct RowPlan {
   int columns;
   int64_t groups;  // blocks, or clusters: each leaves a partial sum
   int shared_bytes;
+
+  // Of the largest launch.
+  int64_t blocks() const { return groups * (cluster > parts ? cluster : parts); }
 };
 
 constexpr int staged_bytes = 32768;      // both sides of a block's rows

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../arguments.h"
+#include "row_sums.h"
 
 namespace kdkernels {
 namespace cuda {
@@ -15,7 +16,10 @@ const char* soft_cross_entropy_forward(const RowPair& pair, const SoftCrossEntro
 const char* soft_cross_entropy_backward(const RowPair& pair, double temperature, const float* class_weight,
                                         const int64_t* target, const float* grad_loss, bool per_row,
                                         const float* statistics, void* stream);
-// The loss and its gradient, which goes to pair.grad, times the loss weight.
+// The gradient, which goes to pair.grad, and what adds up to the loss, both times the loss weight.
+const char* soft_cross_entropy_sums(const RowPair& pair, const SoftCrossEntropyOptions& options,
+                                    const DeviceScalar& loss_weight, float* workspace, RowSums* sums, void* stream);
+// The same, and the sum.
 const char* soft_cross_entropy_one_pass(const RowPair& pair, const SoftCrossEntropyOptions& options,
                                         const DeviceScalar& loss_weight, float* workspace, float* loss, void* stream);
 

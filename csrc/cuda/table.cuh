@@ -16,11 +16,11 @@ struct SegmentTable {
   Segment segment[max_segments];
 };
 
-// The segment of this block.
+// The segment of a block: this one.
 template <class Segment>
-KD_DEVICE const Segment& find_segment(const SegmentTable<Segment>& table) {
+KD_DEVICE const Segment& find_segment(const SegmentTable<Segment>& table, int64_t block = block_index()) {
   int index = 0;
-  while (index + 1 < table.count && table.segment[index + 1].first_block <= block_index()) ++index;
+  while (index + 1 < table.count && table.segment[index + 1].first_block <= block) ++index;
   return table.segment[index];
 }
 

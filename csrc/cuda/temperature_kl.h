@@ -1,10 +1,14 @@
 // The entry points of temperature_kl.cu.
 #pragma once
 
-#include "../arguments.h"
+#include "kl_rows.h"
 
 namespace kdkernels {
 namespace cuda {
+
+inline KlRegions temperature_kl_regions(double temperature, const RowReduction& reduction) {
+  return KlRegions{nullptr, {temperature, temperature}, reduction, {}, false};
+}
 
 // Floats of workspace that a forward needs; one pass too, with its gradient in pair.grad.
 int64_t temperature_kl_workspace(const RowPair& pair);

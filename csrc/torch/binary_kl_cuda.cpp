@@ -39,12 +39,12 @@ std::tuple<Tensor, Tensor> binary_kl_one_pass(Tensor student, Tensor teacher, do
                                               std::optional<Tensor> weight, int64_t reduction,
                                               std::optional<double> avg_factor, std::optional<Tensor> avg_factor_tensor,
                                               double loss_weight, std::optional<Tensor> loss_weight_tensor) {
-  RowPair pair = row_pair(student, teacher, weight);
-  const RowReduction reduced = row_reduction(reduction, avg_factor, avg_factor_tensor);
+  TemperatureCall call = temperature_call(student, teacher, temperature, weight, reduction, avg_factor,
+                                          avg_factor_tensor, loss_weight, loss_weight_tensor);
   const Gpu gpu(student);
-  const RowPass pass = row_pass(student, pair, reduction, torch::stable::empty_like);
-  Tensor workspace = new_workspace(student, cuda::binary_kl_workspace(pair));
-  check_launch(cuda::binary_kl_one_pass(pair, temperature, reduced, device_scalar(loss_weight, loss_weight_tensor),
+  const RowPass pass = row_pass(call, torch::stable::empty_like);
+  Tensor workspace = new_workspace(student, cuda::binary_kl_workspace(call.pair));
+  check_launch(cuda::binary_kl_one_pass(call.pair, call.temperature, call.reduction, call.loss_weight,
                                         floats_of(workspace), floats_of(pass.loss), gpu.stream()));
   return {pass.loss, pass.grad};
 }

@@ -1,12 +1,10 @@
 // bounded_regression for the CPU dispatch key. Schema: kdkernels/losses/bounded_regression.py.
-#include "rows.h"
-
 #include "../cpu/bounded_regression.h"
+
+#include "bounded_regression.h"
 
 namespace kdkernels {
 namespace {
-
-constexpr int64_t coordinates = 4;
 
 std::tuple<Tensor, Tensor> bounded_regression(Tensor student, Tensor teacher, Tensor target, double margin,
                                               double bound_weight, std::optional<Tensor> bound_weight_tensor,
@@ -15,14 +13,9 @@ std::tuple<Tensor, Tensor> bounded_regression(Tensor student, Tensor teacher, Te
                                               int64_t reduction, std::optional<double> avg_factor,
                                               std::optional<Tensor> avg_factor_tensor) {
   const RowPair pair = row_pair(student, teacher, weight);
-  check_same_sizes(student, target);
-  STD_TORCH_CHECK(pair.columns == coordinates, "expected (..., 4)");
-  const BoundedRegressionOptions options{margin,
-                                         beta,
-                                         device_scalar(bound_weight, bound_weight_tensor),
-                                         device_scalar(smooth_l1_weight, smooth_l1_weight_tensor),
-                                         enumerator("gate", gate, 3),
-                                         row_reduction(reduction, avg_factor, avg_factor_tensor)};
+  const BoundedRegressionOptions options =
+      bounded_regression_options(pair, student, target, margin, bound_weight, bound_weight_tensor, smooth_l1_weight,
+                                 smooth_l1_weight_tensor, beta, gate, reduction, avg_factor, avg_factor_tensor);
   Tensor loss = new_loss(student, pair.wide, reduction);
   Tensor derivative = new_statistics(student, pair, coordinates);
   cpu::bounded_regression_forward(pair, row_view(target), options, loss.data_ptr(), derivative.data_ptr(),
@@ -39,10 +32,32 @@ Tensor bounded_regression_backward(Tensor grad_loss, Tensor student, Tensor deri
   return grad;
 }
 
+std::tuple<Tensor, Tensor> bounded_regression_one_pass(
+    Tensor student, Tensor teacher, Tensor target, double margin, double bound_weight,
+    std::optional<Tensor> bound_weight_tensor, double smooth_l1_weight, std::optional<Tensor> smooth_l1_weight_tensor,
+    double beta, int64_t gate, std::optional<Tensor> weight, int64_t reduction, std::optional<double> avg_factor,
+    std::optional<Tensor> avg_factor_tensor, double loss_weight, std::optional<Tensor> loss_weight_tensor) {
+  BoundedRegressionCall call = bounded_regression_call(
+      student, teacher, target, margin, bound_weight, bound_weight_tensor, smooth_l1_weight, smooth_l1_weight_tensor,
+      beta, gate, weight, reduction, avg_factor, avg_factor_tensor, loss_weight, loss_weight_tensor);
+  const RowPass pass = row_pass(call, new_gradient);
+  // The weight enters both terms' weights, which the host may read, and so the derivative.
+  const double whole = call.loss_weight.get();
+  call.options.bound_weight = {whole * call.options.bound_weight.get(), nullptr};
+  call.options.smooth_l1_weight = {whole * call.options.smooth_l1_weight.get(), nullptr};
+  Tensor derivative = new_statistics(student, call.pair, coordinates);
+  const float upstream = 1;
+  cpu::bounded_regression_forward(call.pair, call.target, call.options, pass.loss.data_ptr(), derivative.data_ptr(),
+                                  torch_threads());
+  cpu::bounded_regression_backward(call.pair, &upstream, false, derivative.data_ptr(), torch_threads());
+  return {pass.loss, pass.grad};
+}
+
 }  // namespace
 }  // namespace kdkernels
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels, CPU, m) {
   m.impl("bounded_regression", TORCH_BOX(&kdkernels::bounded_regression));
   m.impl("bounded_regression_backward", TORCH_BOX(&kdkernels::bounded_regression_backward));
+  m.impl("bounded_regression_one_pass", TORCH_BOX(&kdkernels::bounded_regression_one_pass));
 }

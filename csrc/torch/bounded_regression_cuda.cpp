@@ -1,13 +1,11 @@
 // bounded_regression for the CUDA dispatch key. Schema: kdkernels/losses/bounded_regression.py.
 #include "../cuda/bounded_regression.h"
 
+#include "bounded_regression.h"
 #include "cuda.h"
-#include "rows.h"
 
 namespace kdkernels {
 namespace {
-
-constexpr int64_t coordinates = 4;
 
 std::tuple<Tensor, Tensor> bounded_regression(Tensor student, Tensor teacher, Tensor target, double margin,
                                               double bound_weight, std::optional<Tensor> bound_weight_tensor,
@@ -16,15 +14,10 @@ std::tuple<Tensor, Tensor> bounded_regression(Tensor student, Tensor teacher, Te
                                               int64_t reduction, std::optional<double> avg_factor,
                                               std::optional<Tensor> avg_factor_tensor) {
   const RowPair pair = row_pair(student, teacher, weight);
-  check_same_sizes(student, target);
-  STD_TORCH_CHECK(pair.columns == coordinates, "expected (..., 4)");
   STD_TORCH_CHECK(!pair.wide, "float64 has no kernel on a GPU");
-  const BoundedRegressionOptions options{margin,
-                                         beta,
-                                         device_scalar(bound_weight, bound_weight_tensor),
-                                         device_scalar(smooth_l1_weight, smooth_l1_weight_tensor),
-                                         enumerator("gate", gate, 3),
-                                         row_reduction(reduction, avg_factor, avg_factor_tensor)};
+  const BoundedRegressionOptions options =
+      bounded_regression_options(pair, student, target, margin, bound_weight, bound_weight_tensor, smooth_l1_weight,
+                                 smooth_l1_weight_tensor, beta, gate, reduction, avg_factor, avg_factor_tensor);
   const Gpu gpu(student);
   Tensor loss = new_loss(student, pair.wide, reduction);
   Tensor derivative = new_statistics(student, pair, coordinates);
@@ -47,10 +40,27 @@ Tensor bounded_regression_backward(Tensor grad_loss, Tensor student, Tensor deri
   return grad;
 }
 
+std::tuple<Tensor, Tensor> bounded_regression_one_pass(
+    Tensor student, Tensor teacher, Tensor target, double margin, double bound_weight,
+    std::optional<Tensor> bound_weight_tensor, double smooth_l1_weight, std::optional<Tensor> smooth_l1_weight_tensor,
+    double beta, int64_t gate, std::optional<Tensor> weight, int64_t reduction, std::optional<double> avg_factor,
+    std::optional<Tensor> avg_factor_tensor, double loss_weight, std::optional<Tensor> loss_weight_tensor) {
+  BoundedRegressionCall call = bounded_regression_call(
+      student, teacher, target, margin, bound_weight, bound_weight_tensor, smooth_l1_weight, smooth_l1_weight_tensor,
+      beta, gate, weight, reduction, avg_factor, avg_factor_tensor, loss_weight, loss_weight_tensor);
+  const Gpu gpu(student);
+  const RowPass pass = row_pass(call, torch::stable::empty_like);
+  Tensor workspace = new_workspace(student, cuda::bounded_regression_workspace(call.pair.rows));
+  check_launch(cuda::bounded_regression_one_pass(call.pair, call.target, call.options, call.loss_weight,
+                                                 floats_of(workspace), floats_of(pass.loss), gpu.stream()));
+  return {pass.loss, pass.grad};
+}
+
 }  // namespace
 }  // namespace kdkernels
 
 KD_GPU_LIBRARY(m) {
   m.impl("bounded_regression", TORCH_BOX(&kdkernels::bounded_regression));
   m.impl("bounded_regression_backward", TORCH_BOX(&kdkernels::bounded_regression_backward));
+  m.impl("bounded_regression_one_pass", TORCH_BOX(&kdkernels::bounded_regression_one_pass));
 }

@@ -1,4 +1,4 @@
-// What decoupled_kl's registrations share: its options.
+// What decoupled_kl's registrations share: its options, and what its one pass is given.
 #pragma once
 
 #include "rows.h"
@@ -20,6 +20,20 @@ inline DecoupledKlOptions decoupled_kl_options(const RowPair& pair, const Tensor
                             background_temperature,
                             static_cast<const bool*>(foreground.data_ptr()),
                             enumerator("reduction", reduction, 4)};
+}
+
+struct DecoupledKlCall : RowCall {
+  DecoupledKlOptions options;
+};
+inline DecoupledKlCall decoupled_kl_call(Tensor student, Tensor teacher, Tensor foreground, double foreground_weight,
+                                         std::optional<Tensor> foreground_weight_tensor, double background_weight,
+                                         std::optional<Tensor> background_weight_tensor, double foreground_temperature,
+                                         double background_temperature, std::optional<Tensor> weight, int64_t reduction,
+                                         double loss_weight, std::optional<Tensor> loss_weight_tensor) {
+  const RowCall call = row_call(student, teacher, weight, reduction, loss_weight, loss_weight_tensor);
+  return {call,
+          decoupled_kl_options(call.pair, foreground, foreground_weight, foreground_weight_tensor, background_weight,
+                               background_weight_tensor, foreground_temperature, background_temperature, reduction)};
 }
 
 }  // namespace kdkernels

@@ -36,14 +36,13 @@ std::tuple<Tensor, Tensor, Tensor> decoupled_kl_one_pass(
     std::optional<Tensor> foreground_weight_tensor, double background_weight,
     std::optional<Tensor> background_weight_tensor, double foreground_temperature, double background_temperature,
     std::optional<Tensor> weight, int64_t reduction, double loss_weight, std::optional<Tensor> loss_weight_tensor) {
-  RowPair pair = row_pair(student, teacher, weight);
-  const DecoupledKlOptions options =
-      decoupled_kl_options(pair, foreground, foreground_weight, foreground_weight_tensor, background_weight,
-                           background_weight_tensor, foreground_temperature, background_temperature, reduction);
-  const RowPass pass = row_pass(student, pair, reduction, new_gradient);
+  DecoupledKlCall call = decoupled_kl_call(student, teacher, foreground, foreground_weight, foreground_weight_tensor,
+                                           background_weight, background_weight_tensor, foreground_temperature,
+                                           background_temperature, weight, reduction, loss_weight, loss_weight_tensor);
+  const RowPass pass = row_pass(call, new_gradient);
   Tensor parts = new_buffer(student, {2}, ScalarType::Float);
-  cpu::decoupled_kl_one_pass(pair, options, device_scalar(loss_weight, loss_weight_tensor), floats_of(pass.loss),
-                             floats_of(parts), torch_threads());
+  cpu::decoupled_kl_one_pass(call.pair, call.options, call.loss_weight, floats_of(pass.loss), floats_of(parts),
+                             torch_threads());
   return {pass.loss, parts, pass.grad};
 }
 

@@ -44,16 +44,15 @@ std::tuple<Tensor, Tensor, Tensor> decoupled_kl_one_pass(
     std::optional<Tensor> foreground_weight_tensor, double background_weight,
     std::optional<Tensor> background_weight_tensor, double foreground_temperature, double background_temperature,
     std::optional<Tensor> weight, int64_t reduction, double loss_weight, std::optional<Tensor> loss_weight_tensor) {
-  RowPair pair = row_pair(student, teacher, weight);
-  const DecoupledKlOptions options =
-      decoupled_kl_options(pair, foreground, foreground_weight, foreground_weight_tensor, background_weight,
-                           background_weight_tensor, foreground_temperature, background_temperature, reduction);
+  DecoupledKlCall call = decoupled_kl_call(student, teacher, foreground, foreground_weight, foreground_weight_tensor,
+                                           background_weight, background_weight_tensor, foreground_temperature,
+                                           background_temperature, weight, reduction, loss_weight, loss_weight_tensor);
   const Gpu gpu(student);
-  const RowPass pass = row_pass(student, pair, reduction, torch::stable::empty_like);
+  const RowPass pass = row_pass(call, torch::stable::empty_like);
   Tensor parts = new_buffer(student, {2}, ScalarType::Float);
-  Tensor workspace = new_workspace(student, cuda::decoupled_kl_workspace(pair, options));
-  check_launch(cuda::decoupled_kl_one_pass(pair, options, device_scalar(loss_weight, loss_weight_tensor),
-                                           floats_of(workspace), floats_of(pass.loss), floats_of(parts), gpu.stream()));
+  Tensor workspace = new_workspace(student, cuda::decoupled_kl_workspace(call.pair, call.options));
+  check_launch(cuda::decoupled_kl_one_pass(call.pair, call.options, call.loss_weight, floats_of(workspace),
+                                           floats_of(pass.loss), floats_of(parts), gpu.stream()));
   return {pass.loss, parts, pass.grad};
 }
 

@@ -13,15 +13,12 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> detection_distillation_features(
     std::optional<Tensor> background_weight_tensor, int64_t normalizer, bool masked_mse_mean, double eps,
     bool pearson_mean, bool zero_on_constant, double masked_mse_weight, std::optional<Tensor> masked_mse_weight_tensor,
     double pearson_weight, std::optional<Tensor> pearson_weight_tensor, bool norms) {
-  const FeatureOptions options{{device_scalar(foreground_weight, foreground_weight_tensor),
-                                device_scalar(background_weight, background_weight_tensor),
-                                enumerator("normalizer", normalizer, 3), masked_mse_mean},
-                               {eps, pearson_mean, zero_on_constant},
-                               device_scalar(masked_mse_weight, masked_mse_weight_tensor),
-                               device_scalar(pearson_weight, pearson_weight_tensor),
-                               norms};
-  FeaturePass pass = feature_pass(student, teacher, mask, mask_of, pearson, wanted, options, new_gradient);
-  cpu::detection_distillation_features(pass.levels.data(), pass.pearson.get(), pass.count(), options,
+  const FeatureCall call = feature_call(
+      student, teacher, mask, mask_of, pearson, wanted, foreground_weight, foreground_weight_tensor, background_weight,
+      background_weight_tensor, normalizer, masked_mse_mean, eps, pearson_mean, zero_on_constant, masked_mse_weight,
+      masked_mse_weight_tensor, pearson_weight, pearson_weight_tensor, norms);
+  FeaturePass pass = feature_pass(call, new_gradient);
+  cpu::detection_distillation_features(pass.levels.data(), pass.pearson.get(), pass.count(), call.options,
                                        pass.loss.data_ptr(), pass.values.data_ptr(), torch_threads());
   return {pass.loss, pass.values, pass.grads};
 }

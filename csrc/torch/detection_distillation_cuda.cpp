@@ -1,11 +1,25 @@
-// detection_distillation_features for the CUDA dispatch key. Schema: kdkernels/losses/feature_pass.py.
+// detection_distillation_features and detection_distillation for the CUDA dispatch key. Schemas:
+// kdkernels/losses/feature_pass.py and joint_pass.py.
 #include "../cuda/detection_distillation.h"
 
+#include "../cuda/decoupled_kl.h"
+#include "../cuda/temperature_kl.h"
+
+#include "bounded_regression.h"
 #include "cuda.h"
+#include "decoupled_kl.h"
 #include "detection_distillation.h"
+#include "packed_calls.h"
+#include "soft_cross_entropy.h"
 
 namespace kdkernels {
 namespace {
+
+void run(const cuda::Objective& objective, const Tensor& loss, const Tensor& values, float* told, const Gpu& gpu) {
+  Tensor workspace = new_workspace(loss, cuda::detection_distillation_workspace(objective));
+  check_launch(cuda::detection_distillation(objective, floats_of(workspace), floats_of(loss), floats_of(values), told,
+                                            gpu.stream()));
+}
 
 std::tuple<Tensor, Tensor, std::vector<Tensor>> detection_distillation_features(
     std::vector<Tensor> student, std::vector<Tensor> teacher, std::vector<Tensor> mask, std::vector<int64_t> mask_of,
@@ -14,27 +28,101 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> detection_distillation_features(
     std::optional<Tensor> background_weight_tensor, int64_t normalizer, bool masked_mse_mean, double eps,
     bool pearson_mean, bool zero_on_constant, double masked_mse_weight, std::optional<Tensor> masked_mse_weight_tensor,
     double pearson_weight, std::optional<Tensor> pearson_weight_tensor, bool norms) {
-  const FeatureOptions options{{device_scalar(foreground_weight, foreground_weight_tensor),
-                                device_scalar(background_weight, background_weight_tensor),
-                                enumerator("normalizer", normalizer, 3), masked_mse_mean},
-                               {eps, pearson_mean, zero_on_constant},
-                               device_scalar(masked_mse_weight, masked_mse_weight_tensor),
-                               device_scalar(pearson_weight, pearson_weight_tensor),
-                               norms};
-  STD_TORCH_CHECK(!student.empty(), "expected a level");
+  const FeatureCall call = feature_call(
+      student, teacher, mask, mask_of, pearson, wanted, foreground_weight, foreground_weight_tensor, background_weight,
+      background_weight_tensor, normalizer, masked_mse_mean, eps, pearson_mean, zero_on_constant, masked_mse_weight,
+      masked_mse_weight_tensor, pearson_weight, pearson_weight_tensor, norms);
   const Gpu gpu(student[0]);
-  FeaturePass pass = feature_pass(student, teacher, mask, mask_of, pearson, wanted, options,
-                                  [](const Tensor& s) { return torch::stable::empty_like(s); });
-  const FeatureLevel* levels = pass.levels.data();
-  Tensor workspace =
-      new_workspace(student[0], cuda::detection_distillation_workspace(levels, pass.pearson.get(), pass.count()));
-  check_launch(cuda::detection_distillation_features(levels, pass.pearson.get(), pass.count(), options,
-                                                     floats_of(workspace), floats_of(pass.loss), floats_of(pass.values),
-                                                     gpu.stream()));
+  const FeaturePass pass = feature_pass(call, torch::stable::empty_like);
+  run({pass.levels.data(), pass.pearson.get(), pass.count(), call.options, nullptr, 0}, pass.loss, pass.values, nullptr,
+      gpu);
   return {pass.loss, pass.values, pass.grads};
+}
+
+// As in losses/joint_pass.py.
+enum Packed : int64_t {
+  packed_features,
+  packed_decoupled_kl,
+  packed_temperature_kl,
+  packed_soft_cross_entropy,
+  packed_binary_kl,
+  packed_bounded_regression
+};
+
+cuda::Head head_of(cuda::Head::Kind kind, const RowCall& call, std::vector<Tensor>& grads) {
+  grads.push_back(torch::stable::empty_like(call.student));
+  cuda::Head head{};
+  head.kind = kind;
+  head.pair = call.pair;
+  head.pair.grad = row_view(grads.back());
+  head.loss_weight = call.loss_weight;
+  return head;
+}
+
+cuda::Head next_head(int64_t packed, PackedCalls& calls, std::vector<Tensor>& grads) {
+  if (packed == packed_decoupled_kl) {
+    const DecoupledKlCall call = calls.call(decoupled_kl_call);
+    cuda::Head head = head_of(cuda::Head::kl, call, grads);
+    head.kl_regions = cuda::decoupled_kl_regions(call.options);
+    return head;
+  }
+  if (packed == packed_soft_cross_entropy) {
+    const SoftCrossEntropyCall call = calls.call(soft_cross_entropy_call);
+    cuda::Head head = head_of(cuda::Head::soft_cross_entropy, call, grads);
+    head.soft = call.options;
+    return head;
+  }
+  if (packed == packed_bounded_regression) {
+    const BoundedRegressionCall call = calls.call(bounded_regression_call);
+    cuda::Head head = head_of(cuda::Head::boxes, call, grads);
+    head.target = call.target;
+    head.boxes_options = call.options;
+    return head;
+  }
+  STD_TORCH_CHECK(packed == packed_temperature_kl || packed == packed_binary_kl, "no such op: ", packed);
+  const TemperatureCall call = calls.call(temperature_call);
+  cuda::Head head = head_of(packed == packed_binary_kl ? cuda::Head::binary_kl : cuda::Head::kl, call, grads);
+  head.kl_regions = cuda::temperature_kl_regions(call.temperature, call.reduction);
+  head.temperature = call.temperature;
+  head.reduction = call.reduction;
+  return head;
+}
+
+std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> detection_distillation(std::vector<Tensor> tensors,
+                                                                               std::vector<int64_t> integers,
+                                                                               std::vector<double> numbers) {
+  STD_TORCH_CHECK(!tensors.empty(), "expected a call");
+  const Gpu gpu(tensors[0]);
+  PackedCalls calls(tensors, integers, numbers);
+  FeatureCall features{};
+  FeaturePass pass{};
+  std::vector<Tensor> grads;
+  std::vector<cuda::Head> heads;
+  while (!calls.done()) {
+    const int64_t packed = calls.integer();
+    if (packed == packed_features) {
+      STD_TORCH_CHECK(heads.empty() && pass.levels.empty(), "features come first, and once");
+      features = calls.call(feature_call);
+      pass = feature_pass(features, torch::stable::empty_like);
+      grads = pass.grads;
+    } else {
+      heads.push_back(next_head(packed, calls, grads));
+    }
+  }
+  if (pass.levels.empty()) {
+    pass.loss = new_buffer(tensors[0], {}, ScalarType::Float);
+    pass.values = new_buffer(tensors[0], {1, feature_values}, ScalarType::Float);
+  }
+  Tensor told = new_buffer(tensors[0], {int64_t(heads.size()) + 1, cuda::told_columns}, ScalarType::Float);
+  run({pass.levels.data(), pass.pearson.get(), pass.count(), features.options, heads.data(), int(heads.size())},
+      pass.loss, pass.values, floats_of(told), gpu);
+  return {pass.loss, told, pass.values, grads};
 }
 
 }  // namespace
 }  // namespace kdkernels
 
-KD_GPU_LIBRARY(m) { m.impl("detection_distillation_features", TORCH_BOX(&kdkernels::detection_distillation_features)); }
+KD_GPU_LIBRARY(m) {
+  m.impl("detection_distillation_features", TORCH_BOX(&kdkernels::detection_distillation_features));
+  m.impl("detection_distillation", TORCH_BOX(&kdkernels::detection_distillation));
+}

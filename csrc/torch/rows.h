@@ -58,18 +58,42 @@ inline Tensor row_gradient(const Tensor& student, RowPair& pair) {
   return grad;
 }
 
-// What a one-pass op returns besides what its kernel needs: the loss, and the gradient that `new_grad(student)`
-// allocates and pair.grad then shows.
+// What a one-pass op is given, but for the options of its loss.
+struct RowCall {
+  Tensor student;
+  RowPair pair;
+  DeviceScalar loss_weight;
+};
+inline RowCall row_call(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& weight,
+                        int64_t reduction, double loss_weight, const std::optional<Tensor>& loss_weight_tensor) {
+  const RowCall call{student, row_pair(student, teacher, weight), device_scalar(loss_weight, loss_weight_tensor)};
+  STD_TORCH_CHECK(!call.pair.wide, "float64 has no one-pass kernel");
+  STD_TORCH_CHECK(reduction != RowReduction::none, "one value per row has no one-pass kernel");
+  return call;
+}
+
+// What it returns: the loss, and the gradient that `new_grad(student)` allocates and call.pair.grad then shows.
 struct RowPass {
   Tensor loss, grad;
 };
 template <class F>
-RowPass row_pass(const Tensor& student, RowPair& pair, int64_t reduction, const F& new_grad) {
-  STD_TORCH_CHECK(!pair.wide, "float64 has no one-pass kernel");
-  STD_TORCH_CHECK(reduction != RowReduction::none, "one value per row has no one-pass kernel");
-  RowPass pass{new_buffer(student, {}, ScalarType::Float), new_grad(student)};
-  pair.grad = row_view(pass.grad);
+RowPass row_pass(RowCall& call, const F& new_grad) {
+  RowPass pass{new_buffer(call.student, {}, ScalarType::Float), new_grad(call.student)};
+  call.pair.grad = row_view(pass.grad);
   return pass;
+}
+
+// temperature_kl_one_pass, and binary_kl_one_pass.
+struct TemperatureCall : RowCall {
+  double temperature;
+  RowReduction reduction;
+};
+inline TemperatureCall temperature_call(Tensor student, Tensor teacher, double temperature,
+                                        std::optional<Tensor> weight, int64_t reduction,
+                                        std::optional<double> avg_factor, std::optional<Tensor> avg_factor_tensor,
+                                        double loss_weight, std::optional<Tensor> loss_weight_tensor) {
+  return {row_call(student, teacher, weight, reduction, loss_weight, loss_weight_tensor), temperature,
+          row_reduction(reduction, avg_factor, avg_factor_tensor)};
 }
 
 inline const int64_t* label_data(const std::optional<Tensor>& target, int64_t rows) {

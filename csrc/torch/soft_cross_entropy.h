@@ -1,4 +1,4 @@
-// What soft_cross_entropy's registrations share: its options.
+// What soft_cross_entropy's registrations share: its options, and what its one pass is given.
 #pragma once
 
 #include "rows.h"
@@ -24,6 +24,22 @@ inline SoftCrossEntropyOptions soft_cross_entropy_options(const RowPair& pair,
                                  device_scalar(hard_weight, hard_weight_tensor),
                                  ignore_index,
                                  reduction};
+}
+
+struct SoftCrossEntropyCall : RowCall {
+  SoftCrossEntropyOptions options;
+};
+inline SoftCrossEntropyCall soft_cross_entropy_call(Tensor student, Tensor teacher, std::optional<Tensor> class_weight,
+                                                    double temperature, std::optional<Tensor> target,
+                                                    double hard_weight, std::optional<Tensor> hard_weight_tensor,
+                                                    int64_t ignore_index, std::optional<Tensor> weight,
+                                                    int64_t reduction, std::optional<double> avg_factor,
+                                                    std::optional<Tensor> avg_factor_tensor, double loss_weight,
+                                                    std::optional<Tensor> loss_weight_tensor) {
+  const RowCall call = row_call(student, teacher, weight, reduction, loss_weight, loss_weight_tensor);
+  return {call,
+          soft_cross_entropy_options(call.pair, class_weight, temperature, target, hard_weight, hard_weight_tensor,
+                                     ignore_index, row_reduction(reduction, avg_factor, avg_factor_tensor))};
 }
 
 }  // namespace kdkernels

@@ -40,13 +40,11 @@ std::tuple<Tensor, Tensor> soft_cross_entropy_one_pass(
     std::optional<Tensor> target, double hard_weight, std::optional<Tensor> hard_weight_tensor, int64_t ignore_index,
     std::optional<Tensor> weight, int64_t reduction, std::optional<double> avg_factor,
     std::optional<Tensor> avg_factor_tensor, double loss_weight, std::optional<Tensor> loss_weight_tensor) {
-  RowPair pair = row_pair(student, teacher, weight);
-  const SoftCrossEntropyOptions options =
-      soft_cross_entropy_options(pair, class_weight, temperature, target, hard_weight, hard_weight_tensor, ignore_index,
-                                 row_reduction(reduction, avg_factor, avg_factor_tensor));
-  const RowPass pass = row_pass(student, pair, reduction, new_gradient);
-  cpu::soft_cross_entropy_one_pass(pair, options, device_scalar(loss_weight, loss_weight_tensor), floats_of(pass.loss),
-                                   torch_threads());
+  SoftCrossEntropyCall call = soft_cross_entropy_call(student, teacher, class_weight, temperature, target, hard_weight,
+                                                      hard_weight_tensor, ignore_index, weight, reduction, avg_factor,
+                                                      avg_factor_tensor, loss_weight, loss_weight_tensor);
+  const RowPass pass = row_pass(call, new_gradient);
+  cpu::soft_cross_entropy_one_pass(call.pair, call.options, call.loss_weight, floats_of(pass.loss), torch_threads());
   return {pass.loss, pass.grad};
 }
 

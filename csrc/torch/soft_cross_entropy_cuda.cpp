@@ -48,15 +48,14 @@ std::tuple<Tensor, Tensor> soft_cross_entropy_one_pass(
     std::optional<Tensor> target, double hard_weight, std::optional<Tensor> hard_weight_tensor, int64_t ignore_index,
     std::optional<Tensor> weight, int64_t reduction, std::optional<double> avg_factor,
     std::optional<Tensor> avg_factor_tensor, double loss_weight, std::optional<Tensor> loss_weight_tensor) {
-  RowPair pair = row_pair(student, teacher, weight);
-  const SoftCrossEntropyOptions options =
-      soft_cross_entropy_options(pair, class_weight, temperature, target, hard_weight, hard_weight_tensor, ignore_index,
-                                 row_reduction(reduction, avg_factor, avg_factor_tensor));
+  SoftCrossEntropyCall call = soft_cross_entropy_call(student, teacher, class_weight, temperature, target, hard_weight,
+                                                      hard_weight_tensor, ignore_index, weight, reduction, avg_factor,
+                                                      avg_factor_tensor, loss_weight, loss_weight_tensor);
   const Gpu gpu(student);
-  const RowPass pass = row_pass(student, pair, reduction, torch::stable::empty_like);
-  Tensor workspace = new_workspace(student, cuda::soft_cross_entropy_workspace(pair, options));
-  check_launch(cuda::soft_cross_entropy_one_pass(pair, options, device_scalar(loss_weight, loss_weight_tensor),
-                                                 floats_of(workspace), floats_of(pass.loss), gpu.stream()));
+  const RowPass pass = row_pass(call, torch::stable::empty_like);
+  Tensor workspace = new_workspace(student, cuda::soft_cross_entropy_workspace(call.pair, call.options));
+  check_launch(cuda::soft_cross_entropy_one_pass(call.pair, call.options, call.loss_weight, floats_of(workspace),
+                                                 floats_of(pass.loss), gpu.stream()));
   return {pass.loss, pass.grad};
 }
 

@@ -32,10 +32,11 @@ std::tuple<Tensor, Tensor> temperature_kl_one_pass(Tensor student, Tensor teache
                                                    std::optional<double> avg_factor,
                                                    std::optional<Tensor> avg_factor_tensor, double loss_weight,
                                                    std::optional<Tensor> loss_weight_tensor) {
-  RowPair pair = row_pair(student, teacher, weight);
-  const RowPass pass = row_pass(student, pair, reduction, new_gradient);
-  cpu::temperature_kl_one_pass(pair, temperature, row_reduction(reduction, avg_factor, avg_factor_tensor),
-                               device_scalar(loss_weight, loss_weight_tensor), floats_of(pass.loss), torch_threads());
+  TemperatureCall call = temperature_call(student, teacher, temperature, weight, reduction, avg_factor,
+                                          avg_factor_tensor, loss_weight, loss_weight_tensor);
+  const RowPass pass = row_pass(call, new_gradient);
+  cpu::temperature_kl_one_pass(call.pair, call.temperature, call.reduction, call.loss_weight, floats_of(pass.loss),
+                               torch_threads());
   return {pass.loss, pass.grad};
 }
 

@@ -24,8 +24,8 @@ from .arguments import (
     needs_formula,
 )
 from .module import LossModule
-from .one_pass import OnePass, Plan, check_one_pass, scaled, value
-from .rows import fake_outputs, row_gradient, row_plan, rows_take_one_pass, saved_scalar
+from .one_pass import Call, OnePass, Plan, check_one_pass, scaled, value
+from .rows import fake_one_pass, fake_outputs, row_gradient, row_plan, rows_take_one_pass, saved_scalar
 
 ops.LOSSES.append("bounded_regression")
 _REDUCTIONS = {"mean": MEAN_OF_ROWS, "sum": SUM, "none": NONE}
@@ -42,6 +42,10 @@ def _fake_backward(grad_loss, student, derivative, per_row):
     return torch.empty_like(student)
 
 
+def _fake_one_pass(student, *options):
+    return fake_one_pass(student)
+
+
 _forward = ops.define(
     "bounded_regression",
     "(Tensor student, Tensor teacher, Tensor target, float margin, float bound_weight, Tensor? bound_weight_tensor, "
@@ -53,6 +57,16 @@ _backward = ops.define(
     "bounded_regression_backward",
     "(Tensor grad_loss, Tensor student, Tensor derivative, bool per_row) -> Tensor",
     _fake_backward,
+)
+
+
+ops.define(
+    "bounded_regression_one_pass",
+    "(Tensor student, Tensor teacher, Tensor target, float margin, float bound_weight, Tensor? bound_weight_tensor, "
+    "float smooth_l1_weight, Tensor? smooth_l1_weight_tensor, float beta, int gate, Tensor? weight, int reduction, "
+    "float? avg_factor, Tensor? avg_factor_tensor, float loss_weight, Tensor? loss_weight_tensor) -> (Tensor, Tensor)",
+    _fake_one_pass,
+    module="bounded_regression",
 )
 
 
@@ -179,47 +193,17 @@ def weighted(
             avg_factor=avg_factor,
         )
 
-    if rows_take_one_pass(one_pass, "bounded_regression", backend, student, reduction):
-        # The forward leaves the derivative, with both weights in it: a number enters with them, a tensor behind it.
-        number, tensor = check_scalar("loss_weight", loss_weight, student)
-        if tensor is None:
-            bw, bw_tensor = check_scalar("bound_weight", bound_weight * number, student)
-            sw, sw_tensor = check_scalar("smooth_l1_weight", smooth_l1_weight * number, student)
+    if rows_take_one_pass(one_pass, "bounded_regression_one_pass", backend, student, reduction):
+        scale = check_scalar("loss_weight", loss_weight, student)
 
-        def run():
-            loss, derivative = _forward[backend](
-                student,
-                teacher,
-                target,
-                margin,
-                bw,
-                bw_tensor,
-                sw,
-                sw_tensor,
-                beta,
-                _GATES.index(gate),
-                in_arithmetic(weight, student),
-                _REDUCTIONS[reduction],
-                avg,
-                avg_tensor,
-            )
-            upstream = student.new_ones((), dtype=loss.dtype) if tensor is None else tensor
-            grad = _backward[backend](upstream, student, derivative, False)
-            return (loss if tensor is None else loss * tensor), grad, {}
+        def arguments(_):
+            terms = margin, bw, bw_tensor, sw, sw_tensor, beta, _GATES.index(gate)
+            rows = in_arithmetic(weight, student), _REDUCTIONS[reduction], avg, avg_tensor
+            return student, teacher, target, *terms, *rows, *scale
 
-        return row_plan(
-            backend,
-            student,
-            teacher,
-            run,
-            by_formula,
-            loss_weight,
-            target,
-            bound_weight,
-            smooth_l1_weight,
-            weight,
-            avg_factor,
-        )
+        call = Call("bounded_regression_one_pass", backend, arguments)
+        operands = target, bound_weight, smooth_l1_weight, weight, avg_factor
+        return row_plan(call, by_formula, student, teacher, loss_weight, *operands)
     if backend == "reference":
         return scaled(by_formula(student, teacher), loss_weight)
     loss = _BoundedRegression.apply(

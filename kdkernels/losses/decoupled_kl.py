@@ -22,11 +22,15 @@ from .arguments import (
     needs_formula,
 )
 from .module import LossModule
-from .one_pass import OnePass, Plan, check_one_pass, scaled, value
+from .one_pass import Call, OnePass, Plan, check_one_pass, scaled, value
 from .rows import fake_one_pass, fake_outputs, row_gradient, row_plan, rows_take_one_pass, saved_scalar
 
 ops.LOSSES.append("decoupled_kl")
 _REDUCTIONS = {"mean": MEAN_OF_ROWS, "sum": SUM, "none": NONE}
+
+
+def _told(parts):
+    return {"decoupled_kl/foreground": parts[0], "decoupled_kl/background": parts[1]}
 
 
 def _fake_forward(student, teacher, foreground, fw, fw_tensor, bw, bw_tensor, ft, bt, weight, reduction):
@@ -54,7 +58,7 @@ _backward = ops.define(
     "(Tensor grad_loss, Tensor student, Tensor teacher, Tensor statistics, bool per_row) -> Tensor",
     _fake_backward,
 )
-_one_pass = ops.define(
+ops.define(
     "decoupled_kl_one_pass",
     "(Tensor student, Tensor teacher, Tensor foreground, float foreground_weight, Tensor? "
     "foreground_weight_tensor, float background_weight, Tensor? background_weight_tensor, float "
@@ -152,35 +156,13 @@ def weighted(
     if rows_take_one_pass(one_pass, "decoupled_kl_one_pass", backend, student, reduction):
         scale = check_scalar("loss_weight", loss_weight, student)
 
-        def run():
-            loss, parts, grad = _one_pass[backend](
-                student,
-                teacher,
-                foreground.contiguous(),
-                fw,
-                fw_tensor,
-                bw,
-                bw_tensor,
-                ft,
-                bt,
-                in_arithmetic(weight, student),
-                _REDUCTIONS[reduction],
-                *scale,
-            )
-            return loss, grad, {"decoupled_kl/foreground": parts[0], "decoupled_kl/background": parts[1]}
+        def arguments(_):
+            regions = foreground.contiguous(), fw, fw_tensor, bw, bw_tensor, ft, bt
+            return student, teacher, *regions, in_arithmetic(weight, student), _REDUCTIONS[reduction], *scale
 
-        return row_plan(
-            backend,
-            student,
-            teacher,
-            run,
-            by_formula,
-            loss_weight,
-            foreground,
-            foreground_weight,
-            background_weight,
-            weight,
-        )
+        call = Call("decoupled_kl_one_pass", backend, arguments, _told)
+        operands = foreground, foreground_weight, background_weight, weight
+        return row_plan(call, by_formula, student, teacher, loss_weight, *operands)
     if backend == "reference":
         return scaled(by_formula(student, teacher), loss_weight)
     loss = _DecoupledKL.apply(

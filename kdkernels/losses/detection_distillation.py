@@ -12,8 +12,9 @@ from torch.utils import _pytree as pytree
 
 from . import sharded
 from .arguments import Features, Scalar, check_loss_weight
+from .joint_pass import joined
 from .objective_parts import FEATURES, TERMS, Part, Told, feature_parts, head_part
-from .one_pass import OnePass, Plan, check_one_pass, joined, value
+from .one_pass import OnePass, Plan, check_one_pass, value
 
 # Keywords of the single functions that a call gives, not the configuration.
 _OF_A_CALL = ("one_pass", "weight", "target")

@@ -12,7 +12,7 @@ from .. import ops
 from ..reference.masked_mse import masked_mse_loss
 from ..reference.pearson import pearson_loss
 from .arguments import Scalar, check_scalar, in_arithmetic
-from .one_pass import Plan, scaled
+from .one_pass import Call, Plan, scaled
 
 # csrc/arguments.h: FeatureValue, the columns of the op's values. A row per level, and the last for their sum.
 FOREGROUND, BACKGROUND, MASKED_MSE, PEARSON, MASKED_MSE_NORM, PEARSON_NORM, COLUMNS = range(7)
@@ -99,12 +99,16 @@ def feature_pass(
     norms: bool = False,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The weighted loss, (levels + 1, COLUMNS) values, and the loss's gradients for the wanted levels."""
+    return _op[backend](*_arguments(students, teachers, wanted, masked_mse, pearson, norms))
+
+
+def _arguments(students, teachers, wanted, masked_mse, pearson, norms):
     m, p = masked_mse or _NO_MASKED_MSE, pearson or _NO_PEARSON
     mask_of = [-1] * len(students)
     for i, level in enumerate(m.levels):
         mask_of[level] = i
     like = students[0]
-    return _op[backend](
+    return (
         list(students),
         list(teachers),
         [in_arithmetic(mask, like) for mask in m.masks],
@@ -135,9 +139,8 @@ def plan(
     """The pass as an autograd node to be."""
     terms = [term for term in (masked_mse, pearson) if term is not None]
 
-    def run(wanted):
-        loss, values, grads = feature_pass(backend, students, teachers, wanted, masked_mse, pearson, norms)
-        return loss, grads, {"features": values}
+    def arguments(wanted):
+        return _arguments(students, teachers, wanted, masked_mse, pearson, norms)
 
     def formula(students, teachers):
         return sum(scaled(term.formula(students, teachers), term.loss_weight) for term in terms)
@@ -145,4 +148,5 @@ def plan(
     operands = [*(masked_mse.masks if masked_mse else ()), *(pearson.copies if pearson else ())]
     weights = [masked_mse.foreground_weight, masked_mse.background_weight] if masked_mse else []
     operands += [x for x in [*weights, *(term.loss_weight for term in terms)] if isinstance(x, Tensor)]
-    return Plan(backend, students, teachers, run, formula, operands)
+    call = Call(OP, backend, arguments, lambda values: {"features": values})
+    return Plan(backend, students, teachers, call, formula, operands)

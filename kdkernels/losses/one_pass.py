@@ -78,6 +78,25 @@ def takes_one_pass(
     return why is None
 
 
+@dataclass(frozen=True)
+class Call:
+    """What a plan runs: one call of a one-pass op. The objective may pack several into one (joint_pass.py).
+
+    arguments: given the students that need a gradient, by their places, the op's arguments.
+    told: what the objective tells apart, from the op's results between the loss and the gradients.
+    """
+
+    op: str
+    backend: str
+    arguments: Callable[[list[int]], Sequence[Any]]
+    told: Callable[[Tensor], dict[str, Tensor]] | None = None
+
+    def __call__(self, wanted: list[int]) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
+        loss, *values, grads = ops.OPS[self.op][self.backend](*self.arguments(wanted))
+        grads = [grads for _ in wanted] if isinstance(grads, Tensor) else list(grads)
+        return loss, grads, self.told(*values) if self.told else {}
+
+
 @dataclass
 class Plan:
     """A call that is to take the one-pass form: `value` runs it, and the objective runs several as one node.
@@ -94,7 +113,7 @@ class Plan:
     backend: str
     students: Sequence[Tensor]
     others: Sequence[Tensor]
-    run: Callable[[list[int]], tuple[Tensor, list[Tensor], dict[str, Tensor]]]
+    run: Call | Callable[[list[int]], tuple[Tensor, list[Tensor], dict[str, Tensor]]]
     formula: Callable[[list[Tensor], list[Tensor]], Tensor]
     operands: Sequence[Tensor] = ()
     loss: Tensor | None = None
@@ -104,38 +123,6 @@ class Plan:
         """Runs it, and keeps what it told."""
         self.loss, grads, self.details = self.run(wanted)
         return self.loss, grads
-
-
-def joined(plans: Sequence[Plan]) -> Plan:
-    """Several plans of one backend as one: its loss is their sum."""
-    if len(plans) == 1:
-        return plans[0]
-    starts = [sum(len(p.students) for p in plans[:i]) for i in range(len(plans) + 1)]
-    others = [sum(len(p.others) for p in plans[:i]) for i in range(len(plans) + 1)]
-
-    def run(wanted):
-        losses, grads = [], []
-        for plan, start in zip(plans, starts):
-            loss, found = plan.computed([i - start for i in wanted if start <= i < start + len(plan.students)])
-            losses.append(loss)
-            grads += found
-        return torch.stack(losses).sum(), grads, {}
-
-    formulas = [plan.formula for plan in plans]
-
-    def formula(students, constants):
-        return sum(
-            f(students[starts[k] : starts[k + 1]], constants[others[k] : others[k + 1]]) for k, f in enumerate(formulas)
-        )
-
-    return Plan(
-        plans[0].backend,
-        [s for p in plans for s in p.students],
-        [x for p in plans for x in p.others],
-        run,
-        formula,
-        [x for p in plans for x in p.operands],
-    )
 
 
 def value(result: Tensor | Plan) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import ops
 from .arguments import NONE, Scalar, arithmetic_dtype
-from .one_pass import OnePass, Plan, scaled, takes_one_pass
+from .one_pass import Call, OnePass, Plan, scaled, takes_one_pass
 
 
 def fake_outputs(student: Tensor, reduction: int, per_row: int) -> tuple[Tensor, Tensor]:
@@ -41,27 +41,22 @@ def rows_take_one_pass(one_pass: OnePass, op: str, backend: str, student: Tensor
 
 
 def row_plan(
-    backend: str,
+    call: Call,
+    formula: Callable[[Tensor, Tensor], Tensor],
     student: Tensor,
     teacher: Tensor,
-    run: Callable[[], tuple[Tensor, Tensor, dict[str, Tensor]]],
-    formula: Callable[[Tensor, Tensor], Tensor],
     loss_weight: Scalar,
     *operands: Any,
 ) -> Plan:
-    """A row loss as a plan, from its op (loss, gradient, details) and its formula without `loss_weight`. `operands` is
-    what else the formula holds.
+    """A row loss as a plan, from the call of its op and its formula without `loss_weight`. `operands` is what else the
+    formula holds.
     """
-
-    def run_plan(wanted):
-        loss, grad, details = run()
-        return loss, [grad for _ in wanted], details
 
     def weighted_formula(students, others):
         return scaled(formula(students[0], others[0]), loss_weight)
 
     tensors = [x for x in (loss_weight, *operands) if isinstance(x, Tensor)]
-    return Plan(backend, [student], [teacher], run_plan, weighted_formula, tensors)
+    return Plan(call.backend, [student], [teacher], call, weighted_formula, tensors)
 
 
 def row_gradient(

@@ -24,7 +24,7 @@ from .arguments import (
     needs_formula,
 )
 from .module import LossModule
-from .one_pass import OnePass, Plan, check_one_pass, scaled, value
+from .one_pass import Call, OnePass, Plan, check_one_pass, scaled, value
 from .rows import fake_one_pass, fake_outputs, row_gradient, row_plan, rows_take_one_pass, saved_scalar
 
 ops.LOSSES.append("soft_cross_entropy")
@@ -58,7 +58,7 @@ _backward = ops.define(
     "Tensor statistics, bool per_row) -> Tensor",
     _fake_backward,
 )
-_one_pass = ops.define(
+ops.define(
     "soft_cross_entropy_one_pass",
     "(Tensor student, Tensor teacher, Tensor? class_weight, float temperature, Tensor? target, float hard_weight, "
     "Tensor? hard_weight_tensor, int ignore_index, Tensor? weight, int reduction, float? avg_factor, Tensor? "
@@ -207,37 +207,15 @@ def weighted(
     if rows_take_one_pass(one_pass, "soft_cross_entropy_one_pass", backend, student, reduction):
         scale = check_scalar("loss_weight", loss_weight, student)
 
-        def run():
-            loss, grad = _one_pass[backend](
-                student,
-                teacher,
-                in_arithmetic(class_weight, student),
-                temperature,
-                None if target is None else target.contiguous(),
-                hard,
-                hard_tensor,
-                ignore_index,
-                in_arithmetic(weight, student),
-                _REDUCTIONS[reduction],
-                avg,
-                avg_tensor,
-                *scale,
-            )
-            return loss, grad, {}
+        def arguments(_):
+            labels = None if target is None else target.contiguous()
+            mixed = in_arithmetic(class_weight, student), temperature, labels, hard, hard_tensor, ignore_index
+            rows = in_arithmetic(weight, student), _REDUCTIONS[reduction], avg, avg_tensor
+            return student, teacher, *mixed, *rows, *scale
 
-        return row_plan(
-            backend,
-            student,
-            teacher,
-            run,
-            by_formula,
-            loss_weight,
-            class_weight,
-            target,
-            hard_weight,
-            weight,
-            avg_factor,
-        )
+        call = Call("soft_cross_entropy_one_pass", backend, arguments)
+        operands = class_weight, target, hard_weight, weight, avg_factor
+        return row_plan(call, by_formula, student, teacher, loss_weight, *operands)
     if backend == "reference":
         return scaled(by_formula(student, teacher), loss_weight)
     loss = _SoftCrossEntropy.apply(

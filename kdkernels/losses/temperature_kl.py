@@ -23,7 +23,7 @@ from .arguments import (
     needs_formula,
 )
 from .module import LossModule
-from .one_pass import OnePass, Plan, check_one_pass, scaled, value
+from .one_pass import Call, OnePass, Plan, check_one_pass, scaled, value
 from .rows import fake_one_pass, fake_outputs, row_gradient, row_plan, rows_take_one_pass, saved_scalar
 
 ops.LOSSES.append("temperature_kl")
@@ -53,7 +53,7 @@ _backward = ops.define(
     "(Tensor grad_loss, Tensor student, Tensor teacher, Tensor statistics, bool per_row) -> Tensor",
     _fake_backward,
 )
-_one_pass = ops.define(
+ops.define(
     "temperature_kl_one_pass",
     "(Tensor student, Tensor teacher, float temperature, Tensor? weight, int reduction, float? avg_factor, "
     "Tensor? avg_factor_tensor, float loss_weight, Tensor? loss_weight_tensor) -> (Tensor, Tensor)",
@@ -128,20 +128,12 @@ def weighted(
     if rows_take_one_pass(one_pass, "temperature_kl_one_pass", backend, student, reduction):
         scale = check_scalar("loss_weight", loss_weight, student)
 
-        def run():
-            loss, grad = _one_pass[backend](
-                student,
-                teacher,
-                temperature,
-                in_arithmetic(weight, student),
-                _REDUCTIONS[reduction],
-                avg,
-                avg_tensor,
-                *scale,
-            )
-            return loss, grad, {}
+        def arguments(_):
+            row_weight = in_arithmetic(weight, student)
+            return student, teacher, temperature, row_weight, _REDUCTIONS[reduction], avg, avg_tensor, *scale
 
-        return row_plan(backend, student, teacher, run, by_formula, loss_weight, weight, avg_factor)
+        call = Call("temperature_kl_one_pass", backend, arguments)
+        return row_plan(call, by_formula, student, teacher, loss_weight, weight, avg_factor)
     if backend == "reference":
         return scaled(by_formula(student, teacher), loss_weight)
     loss = _TemperatureKL.apply(

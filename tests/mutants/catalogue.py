@@ -4,6 +4,7 @@ finds.
 
 from catalogue_elements import ELEMENTS
 from catalogue_features import FEATURES
+from catalogue_joint import JOINT
 from catalogue_rows import ROWS
 
-MUTANTS = [*FEATURES, *ROWS, *ELEMENTS]
+MUTANTS = [*FEATURES, *ROWS, *ELEMENTS, *JOINT]

@@ -139,8 +139,8 @@ FEATURES = [
         "block searched one segment short",
         "cuda/table.cuh",
         "masked_mse",
-        "table.segment[index + 1].first_block <= block_index()",
-        "table.segment[index + 1].first_block < block_index()",
+        "table.segment[index + 1].first_block <= block)",
+        "table.segment[index + 1].first_block < block)",
     ),
     Mutant(
         "step of the student for all", _FEATURE, "masked_mse", "step = view.stride[3];", "step = s.student.stride[3];"

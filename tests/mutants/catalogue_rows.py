@@ -5,7 +5,7 @@ from mutant import Mutant
 ROWS = [
     Mutant(
         "KL: sums not rebased when the maximum rises",
-        "cuda/kl_rows.cu",
+        "cuda/kl_rows.cuh",
         "temperature_kl",
         "if (most_s > state.student.maximum || most_t > state.teacher.maximum) state.raise(most_s, most_t, row.k);",
         "if (state.student.sum == 0) state.raise(most_s, most_t, row.k);",
@@ -13,7 +13,7 @@ ROWS = [
     ),
     Mutant(
         "KL: only the student's maximum counts",
-        "cuda/kl_rows.cu",
+        "cuda/kl_rows.cuh",
         "temperature_kl",
         "if (most_s > state.student.maximum || most_t > state.teacher.maximum)",
         "if (most_s > state.student.maximum)",
@@ -21,7 +21,7 @@ ROWS = [
     ),
     Mutant(
         "KL: close rows not looked at again",
-        "cuda/kl_rows.cu",
+        "cuda/kl_rows.cuh",
         "temperature_kl",
         "look.again = look.careful || state.value(row.inverse) < close_kl<float>;",
         "look.again = look.careful;",
@@ -29,7 +29,7 @@ ROWS = [
     ),
     Mutant(
         "KL: rows that left float32 not looked at again",
-        "cuda/kl_rows.cu",
+        "cuda/kl_rows.cuh",
         "temperature_kl",
         "look.careful = magnitude(state.dot) == INFINITY;",
         "look.careful = false;",
@@ -37,7 +37,7 @@ ROWS = [
     ),
     Mutant(
         "KL: close rows with the logits' offset",
-        "cuda/kl_rows.cu",
+        "cuda/kl_rows.cuh",
         "temperature_kl",
         "const bool offset = !(between > -1 && between < 1);",
         "const bool offset = false;",
@@ -45,7 +45,7 @@ ROWS = [
     ),
     Mutant(
         "KL: p_t = 0 with a student of -inf",
-        "cuda/kl_rows.cu",
+        "cuda/kl_rows.cuh",
         "temperature_kl",
         "terms += es == 0 && et == 0 ? 0.0f : term;",
         "terms += term;",
@@ -54,7 +54,7 @@ ROWS = [
     ),
     Mutant(
         "KL: no T^2",
-        "cuda/kl_rows.cu",
+        "cuda/kl_rows.cuh",
         "temperature_kl",
         "return row.scale * row.temperature * row.temperature * value;",
         "return row.scale * row.temperature * value;",
@@ -62,7 +62,7 @@ ROWS = [
     ),
     Mutant(
         "KL: rows of nothing count their gradient",
-        "cuda/kl_rows.cu",
+        "cuda/kl_rows.cuh",
         "temperature_kl",
         "empty ? 0.0f : 1.0f / state.teacher.sum,",
         "1.0f / state.teacher.sum,",
@@ -78,7 +78,7 @@ ROWS = [
     ),
     Mutant(
         "KL: gradient without the teacher",
-        "cuda/kl_rows.cu",
+        "cuda/kl_rows.cuh",
         "temperature_kl",
         "exp2_nonpositive((t - shift_t) * k) * scale_t);",
         "0 * exp2_nonpositive((t - shift_t) * k) * scale_t);",
@@ -86,7 +86,7 @@ ROWS = [
     ),
     Mutant(
         "decoupled KL: regions swapped",
-        "cuda/kl_rows.cu",
+        "cuda/kl_rows.cuh",
         "decoupled_kl",
         "const float share = inside ? shares.of[1] : shares.of[0];",
         "const float share = inside ? shares.of[0] : shares.of[1];",
@@ -94,7 +94,7 @@ ROWS = [
     ),
     Mutant(
         "decoupled KL: counts swapped",
-        "cuda/kl_rows.cu",
+        "cuda/kl_rows.cuh",
         "decoupled_kl",
         "const float count[2] = {float(rows) - inside, inside};",
         "const float count[2] = {inside, float(rows) - inside};",
@@ -102,7 +102,7 @@ ROWS = [
     ),
     Mutant(
         "decoupled KL: an empty region divides by 0",
-        "cuda/kl_rows.cu",
+        "cuda/kl_rows.cuh",
         "decoupled_kl",
         "shares.of[i] /= larger(1.0f, count[i]);",
         "shares.of[i] /= count[i];",
@@ -267,7 +267,7 @@ ROWS = [
     ),
     Mutant(
         "one pass: KL without the loss weight",
-        "cuda/kl_rows.cu",
+        "cuda/kl_rows.cuh",
         "temperature_kl",
         "const float whole = scalar_value(loss_weight);",
         "const float whole = 1;",
@@ -275,7 +275,7 @@ ROWS = [
     ),
     Mutant(
         "one pass: parts of decoupled KL swapped",
-        "cuda/kl_rows.cu",
+        "cuda/kl_rows.cuh",
         "decoupled_kl",
         "inside ? 0 : 1};",
         "inside ? 1 : 0};",

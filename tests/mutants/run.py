@@ -86,6 +86,7 @@ def first_failure(mutant: Mutant, library: Path) -> str | None:
         "tests/test_hard_inputs.py",
         "tests/test_emulator.py",
         "tests/test_one_pass_rows.py",
+        *(["tests/test_joint_pass.py"] if mutant.loss == "detection_distillation" else []),
     ]
     chosen = f"cuda and not sanitizers and ({mutant.loss} or not (test_emulator or test_one_pass_rows))"
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", *files, "-k", chosen]
