@@ -62,7 +62,7 @@ class DetectorSettings:
     channels: int = 64
     hidden: int = 128
     pooled: int = 5
-    anchors: tuple[int, ...] = (16, 32, 64, 96, 128)
+    anchors: tuple[float, ...] = (16.0, 32.0, 64.0, 96.0, 128.0)
     ratios: tuple[float, ...] = (0.75, 1.0, 1.5)
     proposals_before_nms: int = 200
     proposals: int = 64
