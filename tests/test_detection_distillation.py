@@ -207,12 +207,17 @@ def test_gradient_norms(one_pass, dtype, layout):
         given[side] = [x.to(memory_format=layout) for x in given[side]]
     called, _ = with_leaves(given)
     result = kd.DetectionDistillationLoss(**some(FEATURES), one_pass=one_pass, gradient_norms=True)(**called)
-    assert set(result.gradient_norms) == set(FEATURES)
-    for name in FEATURES:
+    names = set()
+    for name, keywords in some(FEATURES).items():
         _, _, grads = reference(some([name]), given, True)
-        wanted = sum(g.square().sum() for g in grads if g is not None)
-        assert error(result.gradient_norms[name], wanted) <= 2e-5
+        levels = [g.square().sum() for g in grads if g is not None]
+        assert error(result.gradient_norms[name], sum(levels)) <= 2e-5
         assert not result.gradient_norms[name].requires_grad
+        places = keywords.get("levels", range(3))
+        for level, wanted in zip(places, levels, strict=True):
+            assert error(result.gradient_norms[f"{name}/{level}"], wanted) <= 2e-5
+        names |= {name, *(f"{name}/{level}" for level in places)}
+    assert set(result.gradient_norms) == names
     plain = kd.DetectionDistillationLoss(**some(FEATURES))(**called)
     assert plain.gradient_norms == {}
 

@@ -355,6 +355,8 @@ def test_norms_are_told_when_asked_for(teachers, pictures):
     found.total.backward()
     wanted = sum(float(leaf.grad.double().square().sum()) for _, leaf in leaves if leaf.grad is not None)
     assert math.isclose(float(found.gradient_norms["pkd/pearson"]), wanted, rel_tol=1e-4)
+    levels = [float(x) for name, x in found.gradient_norms.items() if name.count("/") == 2]
+    assert len(levels) == 4 and math.isclose(sum(levels), wanted, rel_tol=1e-4)
     assert not distil(distil.step(student, *pictures)).gradient_norms
 
 

@@ -26,7 +26,8 @@ class DistillationResult(NamedTuple):
     total: Tensor  #: 0-d, the sum of the terms, with the graph
     terms: dict[str, Tensor]  #: by name, 0-d, weighted and detached; they add up to the total
     details: dict[str, Tensor]  #: the same apart: regions and levels, 0-d, weighted and detached
-    gradient_norms: dict[str, Tensor]  #: with ``gradient_norms=True``: a feature term's squared norm at the features
+    #: With ``gradient_norms=True``: a feature term's squared norm at the features; ``term`` of all, ``term/level`` of one.
+    gradient_norms: dict[str, Tensor]
 
 
 def _keywords(name: str) -> list[str]:
@@ -108,9 +109,9 @@ class DetectionDistillationLoss(nn.Module):
             row weights come with each call.
         bounded_regression: the same for the deltas.
         one_pass: ``"auto"`` (where it can), True (or RuntimeError) or False, as for the single functions.
-        gradient_norms: whether the result also has the squared norm of each feature term's gradient at all of its
-            levels (frozen ones included; at the resized copy where Pearson resizes the student), weighted, before its
-            rounding to the student's dtype and before the upstream gradient.
+        gradient_norms: whether the result also has the squared norm of each feature term's gradient, at all of its
+            levels together and at each (frozen ones included; at the resized copy where Pearson resizes the student),
+            weighted, before its rounding to the student's dtype and before the upstream gradient.
         process_group: makes every divisor, the regions' counts and Pearson's moments global over the ranks of a
             ``torch.distributed`` process group. Every rank then returns the global loss, and its own gradient times the
             number of ranks, so that DistributedDataParallel's mean equals the joined batch. Two passes.

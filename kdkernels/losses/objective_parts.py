@@ -288,10 +288,12 @@ def told_by_values(values: Tensor, rows: dict[str, list[int]], names: list[Any],
         if name == "masked_mse":
             told.details["masked_mse/foreground"] = values[-1, FOREGROUND]
             told.details["masked_mse/background"] = values[-1, BACKGROUND]
-        for i in places:
-            told.details[f"{name}/{names[i]}"] = values[i, column]
         if norms:
             told.norms[name] = values[-1, norm]
+        for i in places:
+            told.details[f"{name}/{names[i]}"] = values[i, column]
+            if norms:
+                told.norms[f"{name}/{names[i]}"] = values[i, norm]
     return told
 
 
