@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
@@ -30,3 +32,13 @@ def test_the_named_functions_exist():
 def test_there_is_one_test_command_between_the_markers():
     inside = re.search(r"<!-- test-command -->\n```\n(.*?)\n```\n<!-- /test-command -->", README, re.S)
     assert inside and inside[1].count("\n") == 0 and "pytest" in inside[1]
+
+
+def test_the_page_on_training_names_every_recipe_and_table():
+    pytest.importorskip("torchvision")
+    from kdkernels.harness.compare import TABLES
+    from kdkernels.harness.recipes import RECIPES
+
+    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    assert re.findall(r"^\| `([a-z0-9-]+)` \|", page[page.index("## Recipes") :], re.M) == list(RECIPES)
+    assert set(re.findall(r"`((?:defeat|chen2017|pkd)-[a-z]+)`", page)) == set(TABLES)
