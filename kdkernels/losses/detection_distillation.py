@@ -26,7 +26,7 @@ class DistillationResult(NamedTuple):
     total: Tensor  #: 0-d, the sum of the terms, with the graph
     terms: dict[str, Tensor]  #: by name, 0-d, weighted and detached; they add up to the total
     details: dict[str, Tensor]  #: the same apart: regions and levels, 0-d, weighted and detached
-    #: With ``gradient_norms=True``: feature terms' squared norms at the features; ``term`` of all levels, ``term/level``.
+    #: With ``gradient_norms=True``: squared, at the features; ``term`` of all levels together, ``term/level`` of one.
     gradient_norms: dict[str, Tensor]
 
 
