@@ -31,6 +31,7 @@ from mutant import Mutant  # noqa: E402
 from kdkernels.native import build as builder  # noqa: E402
 
 FLAGS = [flag for flag in emulator_library.FLAGS if not flag.startswith("-W")]  # an unused variable is no discovery
+JOINT = ("tests/test_joint_pass.py", "tests/test_joint_launches.py")  # of the launches that losses share
 COLUMNS = ("name", "file", "loss", "result", "noticed_by", "note")
 
 
@@ -86,7 +87,7 @@ def first_failure(mutant: Mutant, library: Path) -> str | None:
         "tests/test_hard_inputs.py",
         "tests/test_emulator.py",
         "tests/test_one_pass_rows.py",
-        *(["tests/test_joint_pass.py"] if mutant.loss == "detection_distillation" else []),
+        *(JOINT if mutant.loss == "detection_distillation" else []),
     ]
     chosen = f"cuda and not sanitizers and ({mutant.loss} or not (test_emulator or test_one_pass_rows))"
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", *files, "-k", chosen]
