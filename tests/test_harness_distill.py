@@ -148,10 +148,11 @@ def test_gradient_reaches_every_part_of_the_student_and_nothing_of_the_teacher(s
     teacher, student = detector(width=0.5), detector(channels=32).train()
     distillation = distillation_of(student, teacher)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    losses, told, noted = distilled(student, distillation)(images, targets, 0)
+    losses, told, noted, task = distilled(student, distillation)(images, targets, 0)
     assert all(torch.isfinite(loss) for loss in [*losses.values(), *told.values()])
     assert {name.partition("/")[0] for name in losses} == {"task", "distill"} and len(losses) == 5
     assert len(told) == 4 and torch.allclose(sum(told.values()), losses["distill"].detach())
+    assert torch.allclose(task, sum(value.detach() for name, value in losses.items() if name != "distill"))
     assert "combined/masked_mse/foreground" in noted and "combined/pearson/P2" in noted
     sum(losses.values()).backward()
     for name, parameter in [*student.named_parameters(), *distillation.named_parameters()]:
@@ -192,7 +193,7 @@ def test_a_batch_without_objects_trains(scene_batch):
     student = detector().train()
     distillation = distillation_of(student, detector(width=0.5))
     empty = [{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)} for _ in targets]
-    losses, told, _ = distilled(student, distillation)(images, empty, 0)
+    losses, told, *_ = distilled(student, distillation)(images, empty, 0)
     total = sum(losses.values())
     total.backward()
     assert torch.isfinite(total) and told["distill/combined/bounded_regression"] == 0
@@ -220,7 +221,7 @@ def test_a_second_batch_without_labels_is_taught_by_the_teacher(scene_batch):
     distillation = Distillation([recipe], FrozenTeacher(teacher), base_size=16, limit=16)
     asked = []
     objective = distilled(student, distillation, unlabeled=lambda: asked.append(1) or images)
-    losses, told, _ = objective(images, targets, 0)
+    losses, told, *_ = objective(images, targets, 0)
     assert len(asked) == 1 and len(losses) == 5
     assert {name.rpartition("/")[2] for name in told} == {
         "soft_cross_entropy", "bounded_regression", "rpn_classes", "rpn_boxes"
@@ -246,7 +247,7 @@ def test_split_measures_every_part_and_leaves_no_trace(recipe):
     before = {name: value.clone() for name, value in student.state_dict().items()}
     settings = TrainSettings(batch_size=2)
     parts = split.measure(student, distillation, pictures, settings, torch.device("cpu"), steps=1)
-    assert set(parts) == {"teacher", "student", "losses", "separate", "alone"} and all(
+    assert set(parts) == {"teacher", "student", "losses", "separate", "distilled", "alone"} and all(
         seconds > 0 for seconds in parts.values()
     )
     assert all(parameter.grad is None for parameter in student.parameters())

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 pytest.importorskip("sklearn")
 pytest.importorskip("torchvision")
@@ -18,6 +19,7 @@ pytest.importorskip("matplotlib")
 
 from kdkernels.harness import data, train
 from kdkernels.harness.compare import TABLES
+from kdkernels.harness.detectors import load_model
 from kdkernels.harness.settings import SceneSettings
 
 SMALL = ["--quick", "--steps", "2", "--teacher-steps", "2", "-b", "2", "--image-size", "64", "--device", "cpu"]
@@ -82,8 +84,42 @@ def test_recipes_add_up_and_everything_is_recorded(tmp_path, capsys):
     costs = {entry["detector"]: entry for entry in records(out, "cost")}
     assert costs["student"]["parameters"] < costs["teacher"]["parameters"] and costs["student"]["gflops"] > 0
     assert "GFLOPs" in capsys.readouterr().out
-    students = torch.load(out / "students.pt", weights_only=True)
-    assert not any("recipes" in name for name in students["distilled"]), "adapters are saved apart"
+    again = run(
+        tmp_path / "again", *MODELS["faster_rcnn"], "--weights", out / "distilled.safetensors", "--compare", "none"
+    )
+    assert len(records(again, "result")) == 1, "what a run leaves, the next one takes"
+
+
+def test_frozen_parts_are_those_of_the_teacher_and_the_control_has_none(tmp_path):
+    """The neck swap: what did not fit, and the student alone, learn."""
+    argv = ["--recipe", "pkd", "--inherit", "fpn", "--freeze", "fpn"]
+    out = run(tmp_path, *MODELS["faster_rcnn"], *argv)
+    torch.manual_seed(0)
+    start = load_model(MODELS["faster_rcnn"][1], classes=10, image_size=64).state_dict()
+    alone, distilled = (load_file(out / f"{name}.safetensors") for name in ("alone", "distilled"))
+    narrow, wide = "model.backbone.fpn.inner_blocks.0.0.weight", "model.backbone.fpn.layer_blocks.0.0.weight"
+    assert not torch.equal(alone[narrow], start[narrow]) and not torch.equal(alone[wide], start[wide])
+    assert not torch.equal(distilled[narrow], start[narrow]), "of another shape than the teacher's: it learns"
+    teacher = torch.load(next((tmp_path / "cache").iterdir()), weights_only=True)["state"]
+    assert torch.equal(distilled[wide], teacher[wide])
+
+
+def test_pictures_without_labels_are_a_second_batch(tmp_path, capsys):
+    root = folder_of(tmp_path, "coco")
+    (root / "train2017" / "broken.png").write_bytes((root / "train2017").glob("*.png").__next__().read_bytes()[:200])
+    argv = ["--recipe", "soft-labels", "--unlabeled-path", root / "train2017"]
+    out = run(tmp_path, *MODELS["faster_rcnn"], *argv)
+    assert "distill/soft-labels/rpn_classes" in terms(out)
+    assert "broken.png" in capsys.readouterr().err
+
+
+def test_hints_come_first_and_the_curve_is_the_detectors_own_loss(tmp_path):
+    argv = ["--recipe", "fitnets:hint_steps=1", "--recipe", "hinton"]
+    out = run(tmp_path, *MODELS["faster_rcnn"], *argv)
+    hint, task = (step["losses"] for step in records(out, "step") if step["run"] == "distilled")
+    assert set(hint) == {"distill/fitnets/masked_mse"}, "nothing else is trained, not even by a weight of 0"
+    assert set(task) == {"distill/hinton/temperature_kl", *(name for name in task if name.startswith("task/"))}
+    assert (out / "curves.png").exists()
 
 
 def test_a_comparison_has_a_row_for_each_text(tmp_path, capsys):
@@ -134,6 +170,18 @@ def test_a_detector_of_ones_own_trains(tmp_path, monkeypatch):
         (["--freeze", "tail"], "argument --freeze: "),
         (["--student-scale", "0.5", "--image-size", "96"], "argument --student-scale"),
         (["--student-scale", "2"], "argument --student-scale"),
+        (["--compare", "none", "objectness"], "argument --compare: 'objectness': objectness: "),
+        (["--compare", "none", "pkd+inherit=tail"], "argument --compare: 'pkd+inherit=tail': argument --inherit"),
+        (["--compare", "none", "--recipe", "pkd"], "argument --compare: does not go with --recipe"),
+        (["--recipe", "hinton:temperature=0"], "temperature: expected a number above 0"),
+        (["--recipe", "pkd:weight=-1"], "weight: expected a number of at least 0"),
+        (["--recipe", "fgfi:threshold=7"], "argument --recipe: threshold"),
+        (["--recipe", "fitnets:hint_steps=0"], "hint_steps: expected at least 1"),
+        ([*MODELS["retinanet"][:2], *MODELS["fcos"][2:], "--recipe", "hinton"], "argument --recipe: dense predictions"),
+        (["--model", "faster_rcnn:ratios=1", "--recipe", "chen2017"], "has the teacher's anchors"),
+        (["--freeze", "backbone,fpn,rpn,roi_heads"], "argument --freeze: nothing is left"),
+        ([*MODELS["ssdlite"], "-b", "1"], "argument --recipe: "),
+        (["--unlabeled-path", "."], "argument --unlabeled-path: no recipe of this run"),
         (["--compare", "pkd", "pkd"], "argument --compare: 'pkd' is given twice"),
         (["--compare", "pkd+inherit="], "argument --compare"),
         (["--splits", "train"], "argument --splits"),
@@ -155,13 +203,13 @@ def test_each_kind_of_detector_is_distilled(tmp_path, kind):
     recipes = ["defeat:adapter=true", "cwd", "hinton", "tadf:adapter=true"]
     out = run(tmp_path, *MODELS[kind], *(x for recipe in recipes for x in ("--recipe", recipe)))
     assert {name.split("/")[1] for name in terms(out)} == {"defeat", "cwd", "hinton", "tadf"}
-    assert (out / "adapters.pt").exists()
+    assert (out / "distilled.adapters.safetensors").exists()
 
 
 @pytest.mark.slow
 def test_teachers_of_another_kind_from_checkpoints_in_bfloat16(tmp_path):
     first = run(tmp_path / "first", *MODELS["retinanet"])
-    weights = torch.load(first / "students.pt", weights_only=True)["alone"]
+    weights = load_file(first / "alone.safetensors")
     paths = []
     for name in ("a", "b"):
         paths += ["--teacher", str(tmp_path / f"{name}.pth")]

@@ -6,7 +6,7 @@ features are read once for all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -78,6 +78,7 @@ class Distillation(nn.Module):
         self.needs_unlabeled = any(recipe.needs_unlabeled for recipe in recipes)
         self._objectives: dict[tuple[str, ...], kd.DetectionDistillationLoss] = {}
         self._called: dict[tuple[str, ...], Callable[..., kd.DistillationResult]] = {}
+        self._kept: dict[Hashable, Any] = {}
 
     def step(
         self, student: Any, images: Tensor, targets: list[dict], index: int = 0, *, unlabeled: bool = False
@@ -98,6 +99,7 @@ class Distillation(nn.Module):
             steps=self.steps,
             epoch_steps=self.epoch_steps,
             unlabeled=unlabeled,
+            kept=self._kept,
         )
 
     def forward(self, step: Step, *, together: bool = True, norms: bool = False) -> Distilled:
@@ -108,10 +110,11 @@ class Distillation(nn.Module):
             norms: whether the terms of features tell their gradients' squared norms.
         """
         calls, terms = [], {}
+        exclusive = {label for label, r in zip(self.labels, self.recipes, strict=True) if r.exclusive(step)}
         total = torch.zeros((), device=step.images.device)
         for label, recipe in zip(self.labels, self.recipes, strict=True):
             factor = recipe.factor(step)
-            if factor == 0 or (step.unlabeled and not recipe.needs_unlabeled):
+            if factor == 0 or (step.unlabeled and not recipe.needs_unlabeled) or (exclusive and label not in exclusive):
                 continue
             if recipe.terms:
                 calls.append(Call(label, recipe.terms, recipe.inputs(step), factor))
@@ -216,7 +219,8 @@ def distilled(
         losses = {}
         for name, value in own.items():
             weight = distillation.task_weight(name, step)
-            losses[f"task/{name}"] = value if weight == 1 else weight * value
+            if weight != 0:  # or the optimiser would still decay what only this loss reaches
+                losses[f"task/{name}"] = value if weight == 1 else weight * value
         found = distillation(step, norms=norms)
         total, terms = found.total, found.terms
         if unlabeled is not None and distillation.needs_unlabeled:
@@ -226,7 +230,8 @@ def distilled(
             total, terms = total + more.total, terms | more.terms
         noted = dict(found.details)
         noted |= {f"gradient norm at the features/{name}": x.sqrt() for name, x in found.gradient_norms.items()}
-        return Losses({**losses, "distill": total}, {f"distill/{name}": x for name, x in terms.items()}, noted)
+        told = {f"distill/{name}": x for name, x in terms.items()}
+        return Losses({**losses, "distill": total}, told, noted, sum(own.values()).detach())
 
     return objective
 

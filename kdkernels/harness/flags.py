@@ -125,7 +125,12 @@ def parser() -> argparse.ArgumentParser:
     add("--teacher-steps", type=int, default=400, help="steps of the teacher (default: %(default)s)")
     folder = str(default_folder())
     add("--teacher-cache", metavar="DIR", default=folder, help="folder of trained teachers (default: %(default)s)")
-    add("--student-scale", type=float, default=1.0, help="size of the student's pictures (default: %(default)s)")
+    add(
+        "--student-scale",
+        type=float,
+        default=1.0,
+        help="size of the student's pictures, in whose pixels its anchors are (default: 1)",
+    )
     add("--inherit", metavar="PARTS", default="", help="parts that begin as the teacher's: fpn,rpn,roi_heads")
     add("--freeze", metavar="PARTS", default="", help="parts that are not trained")
     add = line.add_argument_group("distillation").add_argument
@@ -237,7 +242,15 @@ def parse(line: argparse.ArgumentParser, argv: list[str]) -> Options:
         scenes = replace(scenes, train=24, val=8)
         training = replace(training, steps=min(args.steps, 4), batch_size=min(args.batch_size, 4), evaluations=2)
         teacher_steps = min(teacher_steps, 6)
+    if args.compare and (args.recipe or args.inherit or args.freeze):
+        line.error("argument --compare: does not go with --recipe, --inherit and --freeze; write them into the rows")
     preset = args.preset or ("published" if data_path else "scenes")
+    recipes = _recipes(line, "--recipe", args.recipe or ["combined"], preset)
+    compared = _compared(line, args.compare, preset)
+    used = [recipe for row in compared for recipe in row.recipes] if compared else recipes
+    if args.unlabeled_path is not None and not any(recipe.kind.needs_unlabeled for recipe in used):
+        takers = ", ".join(name for name, kind in RECIPES.items() if kind.needs_unlabeled)
+        line.error(f"argument --unlabeled-path: no recipe of this run takes such pictures; {takers} does")
     return Options(
         data_path=data_path,
         splits=splits,
@@ -257,8 +270,8 @@ def parse(line: argparse.ArgumentParser, argv: list[str]) -> Options:
         student_scale=args.student_scale,
         training=training,
         teacher_steps=teacher_steps,
-        recipes=_recipes(line, "--recipe", args.recipe or ["combined"], preset),
-        compare=_compared(line, args.compare, preset),
+        recipes=recipes,
+        compare=compared,
         inherit=_parts(args.inherit),
         freeze=_parts(args.freeze),
         proposals=args.proposals,

@@ -6,8 +6,8 @@ What is trained in which order, and what is shown of it, is the business of ``tr
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ import kdkernels as kd
 
 from . import detectors
 from .cache import TeacherCache, key_of
-from .data import to_device
+from .data import DataError, collate, to_device, training_batches
 from .detectors.rescaled import Rescaled
 from .distill import Distillation, alone, distilled
 from .ensemble import TeacherEnsemble
@@ -26,6 +26,7 @@ from .flags import Options
 from .loop import Run, fit
 from .progress import Progress
 from .recipes import RecipeText, Setup
+from .report import save
 from .teacher import FrozenTeacher
 
 
@@ -40,7 +41,7 @@ class Student:
     detector: nn.Module
     run: Run
     distillation: Distillation | None = None
-    inherited: int = 0  #: tensors that it began with from the teacher
+    inherited: list[str] = field(default_factory=list)  #: names of tensors that it began with from the teacher
 
 
 class Job:
@@ -62,16 +63,47 @@ class Job:
         self.classes = len(train.category_ids)
         self.evaluator = Evaluator(val, options.training.batch_size * 2, self.device, options.training.workers)
 
-    def check(self, recipes: Sequence[RecipeText]) -> None:
-        """Build everything once, untrained, so that what cannot be is refused before anything is trained.
+    def check(self) -> None:
+        """Build everything once, untrained, and take a step with a batch, so that what cannot be is refused before
+        anything is trained.
 
         Raises:
             JobError: a recipe that makes no sense between these detectors, a part that cannot be inherited or frozen, a
                 checkpoint that does not fit.
         """
+        options = self.options
+        rows: list[tuple[str, Sequence[RecipeText], dict[str, Any]]] = [("argument --recipe: ", options.recipes, {})]
+        if options.compare:
+            rows = [
+                (f"argument --compare: {row.title!r}: ", row.recipes, {"inherit": row.inherit, "freeze": row.freeze})
+                for row in options.compare
+            ]
         with torch.random.fork_rng():
             teacher = self._untrained_teacher()
-            self._started(teacher, recipes)
+            for prefix, recipes, changes in rows:
+                try:
+                    student, distillation, _ = self._started(teacher, recipes, **changes)
+                    self._dry_step(student, distillation)
+                except JobError as error:
+                    raise JobError(f"{prefix}{error}" if options.compare else str(error)) from None
+                except ValueError as error:
+                    raise JobError(f"{prefix}{error}") from None
+
+    @torch.no_grad()
+    def _dry_step(self, student: nn.Module, distillation: Distillation | None) -> None:
+        """A step and a detection of an untrained student, which raise what the first of them would."""
+        count = min(self.options.training.batch_size, 2)
+        images, targets = to_device(*collate([self.train[i % len(self.train)] for i in range(count)]), self.device)
+        student.__dict__.pop("features", None)  # whether it can be compiled, the training finds out in its first step
+        objective = alone(student) if distillation is None else distilled(student, distillation)
+        objective(images, targets, 0)
+        if distillation is not None and distillation.needs_unlabeled:
+            pictures = self.unlabeled_batches()()
+            nothing = [{**target, "boxes": target["boxes"][:0], "labels": target["labels"][:0]} for target in targets]
+            batch = pictures[:count], (nothing * len(pictures))[: len(pictures[:count])]
+            distillation(distillation.step(student, *batch, unlabeled=True))
+        student.eval()
+        student.detect(images[:1])
 
     def teacher(self) -> tuple[FrozenTeacher, Run | None]:
         """The teacher, and its training, None where it came from checkpoints."""
@@ -94,9 +126,13 @@ class Job:
         settings = replace(self.options.training, steps=steps)
         torch.manual_seed(settings.seed)  # every student starts from the same weights
         student, distillation, inherited = self._started(teacher.detector, recipes, teacher, steps, **changes)
+        parts = changes.get("inherit", self.options.inherit)
+        if parts:
+            count = sum(len(part.state_dict()) for part in (detectors.part_of(student, name) for name in parts))
+            self.progress.say(f"{name}: begins with {len(inherited)} of the {count} tensors of {', '.join(parts)}")
         objective, parameters = alone(student), list(student.parameters())
         if distillation is not None:
-            unlabeled = self._unlabeled_batches() if distillation.needs_unlabeled else None
+            unlabeled = self.unlabeled_batches() if distillation.needs_unlabeled else None
             every = self.options.grad_report_every
             objective = distilled(student, distillation, norms_every=every, unlabeled=unlabeled)
             parameters += list(distillation.parameters())
@@ -111,7 +147,9 @@ class Job:
             evaluator=self.evaluator,
             progress=self.progress,
         )
-        return Student(student, run, distillation, inherited)
+        trained = Student(student, run, distillation, inherited)
+        save(self.options.output_dir, name, trained)  # now: whatever fails later, it is not lost
+        return trained
 
     def _started(
         self,
@@ -120,33 +158,34 @@ class Job:
         teacher: FrozenTeacher | None = None,
         steps: int = 1,
         **changes: Any,
-    ) -> tuple[nn.Module, Distillation | None, int]:
-        """A student before its training, its distillation, and how many tensors it inherited."""
+    ) -> tuple[nn.Module, Distillation | None, list[str]]:
+        """A student before its training, its distillation, and the tensors that it inherited, by name."""
         options = replace(self.options, **changes)
         student = self._model("--model", options.model).to(self.device)
         if options.weights is not None:
             self._load(student, options.weights, "--weights")
-        inherited = 0
-        for flag, parts, act in (
-            ("--inherit", options.inherit, lambda parts: detectors.inherit(student, teacher_detector, parts)),
-            ("--freeze", options.freeze, lambda parts: detectors.freeze(student, parts)),
-        ):
-            try:
-                found = act(list(parts)) if parts else []
-            except ValueError as error:
-                raise JobError(f"argument {flag}: {error}") from None
-            inherited += len(found) if flag == "--inherit" else 0
+        inherited: list[str] = []
+        try:
+            if options.inherit:
+                inherited = detectors.inherit(student, teacher_detector, list(options.inherit))
+        except ValueError as error:
+            raise JobError(f"argument --inherit: {error}") from None
+        try:
+            if options.freeze:
+                detectors.freeze(student, list(options.freeze), inherited)
+        except ValueError as error:
+            raise JobError(f"argument --freeze: {error}") from None
+        if not any(parameter.requires_grad for parameter in student.parameters()):
+            raise JobError("argument --freeze: nothing is left to train")
         if options.student_scale != 1:
             student = Rescaled(student, options.student_scale)
         if options.compile:
             student.features = torch.compile(student.features, fullgraph=True)
         if not recipes:
             return student, None, inherited
-        setup = Setup(student, teacher_detector, options.training.seed, self.unlabeled is not None)
-        try:
-            built = [recipe.build(setup) for recipe in recipes]
-        except ValueError as error:
-            raise JobError(f"argument --recipe: {error}") from None
+        seed, size = options.training.seed, options.image_size
+        setup = Setup(student, teacher_detector, seed, size, self.unlabeled is not None)
+        built = [recipe.build(setup) for recipe in recipes]
         distillation = Distillation(
             built,
             teacher if teacher is not None else FrozenTeacher(teacher_detector),
@@ -223,23 +262,17 @@ class Job:
                 self.progress.say(f"warning: the teacher cannot be kept: {error}")
         return teacher, run
 
-    def _unlabeled_batches(self) -> Any:
+    def unlabeled_batches(self) -> Callable[[], Tensor]:
         """A function that gives batch after batch of the pictures without ground truth."""
         settings = self.options.training
-
-        def batches() -> Iterator[Tensor]:
-            order = torch.Generator().manual_seed(settings.seed + 1)
-            while True:
-                chosen = torch.randperm(len(self.unlabeled), generator=order)[: settings.batch_size]
-                yield chosen
-
-        endless = batches()
+        most = 2**31 // settings.batch_size  # no end
+        batches = training_batches(self.unlabeled, most, settings.batch_size, settings.seed + 1, settings.workers)
 
         def next_batch() -> Tensor:
-            from .data import collate
-
-            samples = [self.unlabeled[int(index)] for index in next(endless)]
-            return to_device(*collate(samples), self.device)[0]
+            try:
+                return to_device(*next(batches), self.device)[0]
+            except DataError as error:
+                raise JobError(f"argument --unlabeled-path: {error}") from None
 
         return next_batch
 
@@ -255,6 +288,7 @@ class Job:
             "training": asdict(options.training),
             "teacher_steps": options.teacher_steps,
             "recipes": [{"text": recipe.text, "options": asdict(recipe.options)} for recipe in options.recipes],
+            "compare": [row.title for row in options.compare],
             "inherit": list(options.inherit),
             "freeze": list(options.freeze),
             "student_scale": options.student_scale,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -28,6 +29,7 @@ class Losses(NamedTuple):
     summed: dict[str, Tensor]  #: by name, each with its graph; their sum is what is trained
     told: dict[str, Tensor] = {}  #: what is recorded in place of "distill": its terms, detached
     noted: dict[str, Tensor] = {}  #: what is recorded beside them: regions, levels, gradient norms
+    task: Tensor | None = None  #: the detector's own losses, unweighted; None: their sum in ``summed``
 
 
 #: Pictures and targets of a batch, and the number of the step, from 0, to losses.
@@ -105,6 +107,7 @@ def fit(
     torch.manual_seed(settings.seed)  # torchvision's samplers draw from the global generator
     checkpoints = {round(settings.steps * (k + 1) / settings.evaluations) for k in range(settings.evaluations)}
     warned = False
+    recent: deque[float] = deque(maxlen=200)
     detector.train()
     with progress.task(name, settings.steps) as task:
         begin = time.perf_counter()
@@ -121,6 +124,7 @@ def fit(
             schedule.step()
             named = {**losses.summed, **losses.told, "total": total}
             named |= {f"noted {name}": value for name, value in losses.noted.items()}
+            named["task"] = losses.task if losses.task is not None else total
             values = dict(zip(named, torch.stack([value.detach() for value in named.values()]).tolist(), strict=True))
             seconds = time.perf_counter() - begin
             loss = values.pop("total")
@@ -131,11 +135,12 @@ def fit(
                 raise TrainingError(f"{name}: the loss is {loss} at step {step}: {values}; a smaller --lr may help")
             run.seconds += seconds
             run.step_seconds.append(seconds)
-            run.task_loss.append(sum(v for key, v in values.items() if key.startswith("task/")))
+            run.task_loss.append(values.pop("task"))
             entry = {"loss": loss, "losses": values, "lr": lr, "grad_norm": float(norm), "seconds": seconds}
             progress.record(kind="step", run=name, step=step, **entry, **({"details": noted} if noted else {}))
-            task.advance(step, f"loss {loss:.3f}  {1000 * run.median_step:.0f} ms/step")
-            factor = slowed(run.step_seconds)
+            recent.append(seconds)
+            task.advance(step, f"loss {loss:.3f}  {1000 * statistics.median(recent):.0f} ms/step")
+            factor = slowed(list(recent))
             if factor is not None and not warned:
                 # OpenMP's threads spin while they wait; with one busy program beside them a step can take fifty times
                 # as long.

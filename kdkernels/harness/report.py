@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +50,10 @@ def write(
     detectors = {name: student.detector for name, student in students.items()}
     for detector in detectors.values():
         detector.__dict__.pop("features", None)  # a compiled one, in the place of its own: operations are counted in it
-    weights = save(folder, students)
-    costs = {
-        name: cost(x, options.image_size) for name, x in (("teacher", teacher[0]), ("student", detectors["alone"]))
-    }
+    members = getattr(teacher[0], "members", [teacher[0]])
+    title = "teacher" if len(members) == 1 else f"each of {len(members)} teachers"
+    measured = {title: members[0], "student": detectors["alone"]}
+    costs = {name: cost(detector, options.image_size) for name, detector in measured.items()}
     for name, found in costs.items():
         progress.record(kind="cost", detector=name, **found._asdict())
     extra = _extra_scores(job, detectors)
@@ -64,20 +66,31 @@ def write(
     print(table(everything, parts, len(job.val), costs))
     for entry in extra:
         print(f"{entry['what']}, {entry['run']}: {entry['score']:.3f}")
+    weights = sorted(path.name for path in folder.glob("*.safetensors"))
     names = ", ".join(["metrics.jsonl", "curves.png", "detections.png", *weights])
     print(f"\n{seconds:.0f} s in all. In {folder}: {names}")
 
 
-def save(folder: Path, students: dict[str, Any]) -> list[str]:
-    """The students' weights, and apart from them the adapters', which nobody needs to run a student."""
-    states = {name: student.detector.state_dict() for name, student in students.items()}
-    torch.save({name: {k: v.cpu() for k, v in state.items()} for name, state in states.items()}, folder / "students.pt")
-    adapters = {n: s.distillation.state_dict() for n, s in students.items() if s.distillation is not None}
-    adapters = {name: {k: v.cpu() for k, v in state.items()} for name, state in adapters.items() if state}
-    if not adapters:
-        return ["students.pt"]
-    torch.save(adapters, folder / "adapters.pt")
-    return ["students.pt", "adapters.pt"]
+def save(folder: Path, name: str, student: Any) -> list[Path]:
+    """A student's weights as a file that ``--weights`` and ``--teacher`` take; apart from them its adapters', which
+    nobody needs to run it. Returns the files.
+    """
+    write = require("safetensors.torch").save_file
+    detector = getattr(student.detector, "detector", student.detector)  # of a Rescaled one
+    found = {file_name(name): detector}
+    if student.distillation is not None and any(True for _ in student.distillation.parameters()):
+        found[f"{file_name(name)}.adapters"] = student.distillation
+    paths = []
+    for stem, module in found.items():
+        state = {key: value.detach().cpu().contiguous().clone() for key, value in module.state_dict().items()}
+        paths.append(folder / f"{stem}.safetensors")
+        write(state, paths[-1])
+    return paths
+
+
+def file_name(name: str) -> str:
+    """A run's name as a file's."""
+    return re.sub(r"[^A-Za-z0-9.=-]+", "-", name).strip("-")
 
 
 def _extra_scores(job: Any, detectors: dict[str, nn.Module]) -> list[dict[str, Any]]:
@@ -128,7 +141,8 @@ def table(runs: dict[str, Run], parts: dict[str, float], pictures: int, costs: d
             *lines,
             "",
             *sizes,
-            f"A distillation step: {split}; a step alone {1000 * parts['alone']:.0f} ms.",
+            f"A distillation step: {1000 * parts['distilled']:.0f} ms; a step alone: {1000 * parts['alone']:.0f} ms.",
+            f"In parts: {split}.",
             f"The losses by one call each instead of the objective: {1000 * parts['separate']:.0f} ms, "
             f"{parts['separate'] / parts['losses']:.2f} times as long.",
             "These are of forward and backward, without the optimiser, the kinds of step timed in turn.",
@@ -223,4 +237,5 @@ def _most_objects(val: Any, count: int) -> list[int]:
 def _smooth(values: list[float]) -> list[float]:
     """Running mean over a twentieth of the run."""
     window = max(1, len(values) // 20)
-    return [sum(values[max(0, i + 1 - window) : i + 1]) / min(window, i + 1) for i in range(len(values))]
+    sums = list(itertools.accumulate(values, initial=0.0))
+    return [(sums[i] - sums[max(0, i - window)]) / min(window, i) for i in range(1, len(sums))]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from .data import to_device, training_batches
-from .distill import Distillation
+from .distill import Distillation, distilled
 from .settings import TrainSettings
 from .teacher import FrozenTeacher
 
@@ -26,35 +26,52 @@ def measure(
     settings: TrainSettings,
     device: torch.device,
     steps: int = 12,
+    unlabeled: Callable[[], Tensor] | None = None,
 ) -> dict[str, float]:
     """Median seconds of each part of a step (forward and backward, without the optimiser), after two steps to warm up.
 
     The distillation losses are cut off the student's graph: their backward ends at copies of what they take, and the
     gradient found there enters the student's own backward. The sum is the same gradient, and each part has its own
-    time. ``alone`` is a step of the student without distillation, on the same pictures. ``separate`` is "losses" with
-    one call per loss instead of the objective that reads the features once, on what the student gave. Parameters,
-    gradients and running statistics are left as they were.
+    time. ``separate`` is "losses" with one call per loss instead of the objective that reads the features once, on what
+    the student gave. ``distilled`` is a whole step as training takes it, and ``alone`` one without distillation, on the
+    same pictures: means, without the longest, over step numbers from the whole run, as recipes may do other things in
+    their course. Parameters, gradients and running statistics are left as they were.
+
+    Args:
+        unlabeled: as for :func:`~kdkernels.harness.distill.distilled`.
     """
     before = {name: value.clone() for name, value in student.state_dict().items()}
-    times: dict[str, list[float]] = {part: [] for part in (*PARTS, "separate", "alone")}
+    times: dict[str, list[float]] = {part: [] for part in (*PARTS, "separate", "distilled", "alone")}
+    objective = distilled(student, distillation, unlabeled=unlabeled)
     clock = _clock(device)
     teacher = _TimedTeacher(distillation.teacher, clock)
     keys: list[Hashable] | None = None
     student.train()
-    for batch in training_batches(pictures, steps + 2, settings.batch_size, settings.seed, settings.workers):
+    batches = training_batches(pictures, steps + 2, settings.batch_size, settings.seed, settings.workers)
+    for number, batch in enumerate(batches):
         images, targets = to_device(*batch, device)
         if keys is None:
             keys = _asked_for(student, distillation, images, targets)
         for part, seconds in _step(student, distillation, teacher, images, targets, keys).items():
             times[part].append(seconds)
         # In turn with the other, so that whatever else the machine does weighs on both alike.
+        index = distillation.steps * max(0, number - 2) // steps
+        begin = clock()
+        sum(objective(images, targets, index).summed.values()).backward()
+        times["distilled"].append(clock() - begin)
         begin = clock()
         sum(student.losses(student.features(images), targets).values()).backward()
         times["alone"].append(clock() - begin)
     student.zero_grad(set_to_none=True)
     distillation.zero_grad(set_to_none=True)
     student.load_state_dict(before)
-    return {part: statistics.median(values[2:]) for part, values in times.items()}
+    found = {part: statistics.median(values[2:]) for part, values in times.items()}
+    return found | {part: _mean(times[part][2:]) for part in ("distilled", "alone")}
+
+
+def _mean(values: list[float]) -> float:
+    """Without the largest, where there are several: another program may have had the core."""
+    return statistics.fmean(sorted(values)[: max(1, len(values) - 1)])
 
 
 class _TimedTeacher(FrozenTeacher):
@@ -83,13 +100,14 @@ def _step(
     begin = clock()
     step = distillation.step(student, images, targets)
     step.teacher = teacher
-    losses = student.losses(step.features, targets)
+    dense = {"dense": step.student_dense} if distillation.needs_dense else {}
+    losses = student.losses(step.features, targets, **dense)
     own = sum(distillation.task_weight(name, step) * value for name, value in losses.items())
     _ = step.teacher_features
     step.prefetch(keys)
     cut, leaves = step.cut()
     before_losses = clock()
-    distillation(cut).total.backward()
+    _backward(distillation(cut).total)
     after_losses = clock()
     reached = [(output, leaf.grad) for output, leaf in leaves if leaf.grad is not None]
     torch.autograd.backward([own, *(x for x, _ in reached)], [None, *(grad for _, grad in reached)])
@@ -98,7 +116,7 @@ def _step(
     distillation.zero_grad(set_to_none=True)
     again, _ = step.cut()
     before_separate = clock()
-    distillation(again, together=False).total.backward()
+    _backward(distillation(again, together=False).total)
     separate = clock() - before_separate
     for parameter, grad in found:  # a step has one backward of the losses
         parameter.grad = grad
@@ -108,6 +126,12 @@ def _step(
         "losses": losses_seconds,
         "separate": separate,
     }
+
+
+def _backward(total: Tensor) -> None:
+    """Of a sum that may have no term at this step."""
+    if total.requires_grad:
+        total.backward()
 
 
 def _asked_for(student: nn.Module, distillation: Distillation, images: Tensor, targets: list[dict]) -> list[Hashable]:

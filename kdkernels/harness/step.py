@@ -48,6 +48,9 @@ def pair_levels(student: Any, teacher: Any, kind: str = "features") -> list[Pair
         if not all(hasattr(detector, name) for name in attributes):
             raise ValueError(f"the {side} ({type(detector).__name__}) has no {' and '.join(attributes)}")
     strides, other = (dict(getattr(x, attributes[0])) for x in (student, teacher))
+    for side, found in (("student", strides), ("teacher", other)):
+        if len(set(found.values())) < len(found):
+            raise ValueError(f"levels are paired by stride, and two of the {side}'s have the same: {found}")
     widths, wide = (dict(getattr(x, attributes[1])) for x in (student, teacher))
     pairs = []
     for mine, stride in strides.items():
@@ -100,6 +103,7 @@ class Step:
     limit: at most so many proposals of a picture.
     index: the step's number, from 0; steps: of the whole run; epoch_steps: of one round through the pictures.
     unlabeled: whether the pictures have no ground truth.
+    found: what was computed for this step. kept: what holds for all steps with pictures of this size.
     """
 
     student: nn.Module
@@ -115,6 +119,7 @@ class Step:
     epoch_steps: int = 1
     unlabeled: bool = False
     found: dict[Hashable, Any] = field(default_factory=dict)
+    kept: dict[Hashable, Any] = field(default_factory=dict)
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What ``make`` gives, computed at the first call with this key."""
@@ -238,7 +243,7 @@ class Step:
         return self.once("teacher dense", lambda: self.teacher.dense(self.teacher_features))
 
     def dense(self) -> tuple[Dense, Dense]:
-        """The dense predictions of student and teacher, on the levels that both have.
+        """The dense predictions of student and teacher, on the levels that both have, with the same anchors.
 
         Raises:
             ValueError: the two differ in anchors, classes or activation.
@@ -259,7 +264,7 @@ class Step:
 
     def _common(self, dense: Dense, features: Levels, side: str) -> Dense:
         """The part of dense predictions that lies on paired levels."""
-        kept = [getattr(pair, side) for pair in pair_levels(self.student, self.teacher.detector)]
+        kept = [getattr(pair, side) for pair in self._dense_pairs()]
         if kept == list(features):
             return dense
         grids = [grid for grid, name in zip(dense.grids, features, strict=True) if name in kept]
@@ -271,6 +276,27 @@ class Step:
 
         quality = None if dense.quality is None else of_levels(dense.quality)
         return Dense(of_levels(dense.logits), of_levels(dense.deltas), dense.activation, grids, quality)
+
+    def _dense_pairs(self) -> list[Pair]:
+        """Pairs of levels whose anchors are the same boxes, to a tenth of their side."""
+        key = ("dense pairs", tuple(x.shape[-2:] for x in [*self.features.values(), *self.teacher_features.values()]))
+        if key not in self.kept:
+            self.kept[key] = self._find_dense_pairs()
+        return self.kept[key]
+
+    def _find_dense_pairs(self) -> list[Pair]:
+        pairs = pair_levels(self.student, self.teacher.detector)
+        if not (hasattr(self.student, "anchors") and hasattr(self.teacher.detector, "anchors")):
+            return pairs
+        mine = dict(zip(self.features, self.student.anchors(self.features), strict=True))
+        theirs = dict(zip(self.teacher_features, self.teacher.anchors(self.teacher_features), strict=True))
+        agreeing = [pair for pair in pairs if _same_boxes(mine[pair.student], theirs[pair.teacher])]
+        if not agreeing:
+            raise ValueError(
+                "dense predictions are compared anchor by anchor, and no level of the student has the teacher's "
+                "anchors (their number, sides and ratios)"
+            )
+        return agreeing
 
     def matched(self) -> Matched:
         """The ground truth of the dense predictions' anchors; all 0 where pictures have none."""
@@ -320,6 +346,13 @@ class Step:
             )
 
         return self.once("class rows", make)
+
+
+def _same_boxes(mine: Tensor, theirs: Tensor) -> bool:
+    if mine.shape != theirs.shape:
+        return False
+    side = (theirs[:, 2:] - theirs[:, :2]).amax(1, keepdim=True)
+    return bool(((mine - theirs).abs() <= 0.1 * side).all())
 
 
 def head_kind(student: Any, teacher: Any) -> str:

@@ -26,7 +26,8 @@ class FrozenTeacher(nn.Module):
         detector: any module; what the harness's protocol asks of a detector is served where it has it. It is held, not
             copied, and frozen in place. ``features`` runs no head: a recipe of feature losses pays for no more.
         dtype: None, or what the teacher computes in under autocast, ``torch.bfloat16`` or ``torch.float16``: half the
-            time where the device has units for it. Features, logits and deltas then come in that dtype.
+            time where the device has units for it. Features then come in that dtype; the harness's own detectors
+            compute their heads in float32 all the same.
 
     Raises:
         TypeError: ``detector`` is not an ``nn.Module``.

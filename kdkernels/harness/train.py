@@ -46,7 +46,7 @@ def _run(options: flags.Options) -> int:
         train, val, identity = _pictures(options)
         unlabeled = _unlabeled(options)
         # Before there is a folder: what cannot be leaves none behind.
-        Job(options, train, val, identity, None, unlabeled).check(options.recipes)
+        Job(options, train, val, identity, None, unlabeled).check()
         try:
             options.output_dir.mkdir(parents=True, exist_ok=True)
             progress = Progress(options.output_dir / "metrics.jsonl")
@@ -136,17 +136,23 @@ def run(job: Any, begin: float) -> None:
     job.progress.record(kind="settings", **job.settings())
     teacher, teacher_run = job.teacher()
     students = {"distilled": job.student("distilled", steps, teacher, options.recipes)}
-    control = {"inherit": ()} if options.inherit else {}
+    control = {"inherit": (), "freeze": ()}
     students["alone"] = job.student("alone", steps, teacher, **control)
-    if options.inherit:  # so that nobody takes for distillation what the copied weights alone give
+    if options.inherit or options.freeze:  # so that nobody takes for distillation what the copied weights alone give
         students["inherited"] = job.student("inherited", steps, teacher)
     first = students["distilled"]
     parts = split.measure(
-        first.detector, first.distillation, job.train, options.training, job.device, steps=min(12, steps)
+        first.detector,
+        first.distillation,
+        job.train,
+        options.training,
+        job.device,
+        steps=min(12, steps),
+        unlabeled=job.unlabeled_batches() if first.distillation.needs_unlabeled else None,
     )
     # Fixed before that training begins: a number of steps like any other, not a race with the clock. The two kinds of
     # step were timed in turn: two runs, minutes apart, would compare what else the machine did.
-    ratio = sum(parts[part] for part in split.PARTS) / parts["alone"]
+    ratio = parts["distilled"] / parts["alone"]
     longer = max(steps, round(steps * ratio))
     job.progress.say(
         f"a distilled step takes {ratio:.2f} times one alone: at equal time the student alone gets {longer} steps"

@@ -10,7 +10,7 @@ from ..extras import require
 from .cost import Cost, cost
 from .kinds import KINDS, build, check_detector, load_model, parse, settings_of
 from .protocol import Dense, Detector, Features, HasDense, HasProposals, HasStages, Matched, Targets
-from .transfer import freeze, inherit
+from .transfer import freeze, inherit, part_of
 from .weights import LeftOut, load_weights
 
 _ADAPTERS = {
@@ -44,6 +44,7 @@ __all__ = [
     "load_model",
     "load_weights",
     "parse",
+    "part_of",
     "settings_of",
 ]
 

@@ -21,7 +21,7 @@ def inherit(student: nn.Module, teacher: nn.Module, parts: Sequence[str]) -> lis
     Raises:
         ValueError: a part that one of the two does not have, or of which no tensor has the same name and shape.
     """
-    pairs = [(name, _part(student, name, "student"), _part(teacher, name, "teacher")) for name in parts]
+    pairs = [(name, part_of(student, name, "student"), part_of(teacher, name, "teacher")) for name in parts]
     plan = []
     for name, mine, theirs in pairs:
         own, wanted = mine.state_dict(), theirs.state_dict()
@@ -36,10 +36,14 @@ def inherit(student: nn.Module, teacher: nn.Module, parts: Sequence[str]) -> lis
     return [f"{name}.{key}" for name, _, _, fitting in plan for key in fitting]
 
 
-def freeze(student: nn.Module, parts: Sequence[str]) -> list[str]:
+def freeze(student: nn.Module, parts: Sequence[str], inherited: Sequence[str] = ()) -> list[str]:
     """Take the parts out of training: no gradients, and their BatchNorm stays in eval mode through ``train()``.
 
     Build the optimiser after it, from the parameters with ``requires_grad``.
+
+    Args:
+        inherited: what :func:`inherit` returned. Of a part of which something was inherited, only that is frozen: what
+            did not fit is still as random as it began, and has to learn.
 
     Returns:
         The names of the student's parameters that are constant now.
@@ -47,24 +51,31 @@ def freeze(student: nn.Module, parts: Sequence[str]) -> list[str]:
     Raises:
         ValueError: a part that the student does not have.
     """
-    modules = [_part(student, name, "student") for name in parts]
-    for module in modules:
-        module.requires_grad_(False)
-        for layer in module.modules():
-            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+    constant: set[int] = set()
+    for name in parts:
+        module = part_of(student, name, "student")
+        copied = {full.removeprefix(f"{name}.") for full in inherited if full.startswith(f"{name}.")}
+        own = {key: p for key, p in module.named_parameters() if not copied or key in copied}
+        for parameter in own.values():
+            parameter.requires_grad_(False)
+            constant.add(id(parameter))
+        for path, layer in module.named_modules():
+            prefix = f"{path}." if path else ""
+            whole = all(f"{prefix}{key}" in copied for key, _ in layer.named_parameters(recurse=False))
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm) and (whole or not copied):
                 layer.eval()
                 # train() of whatever holds it calls train() of each module inside. A bound method is copied with its
                 # module by deepcopy.
                 layer.train = MethodType(_stay, layer)
-    frozen = {id(parameter) for module in modules for parameter in module.parameters()}
-    return [name for name, parameter in student.named_parameters() if id(parameter) in frozen]
+    return [name for name, parameter in student.named_parameters() if id(parameter) in constant]
 
 
 def _stay(self: nn.Module, mode: bool = True) -> nn.Module:
     return self
 
 
-def _part(detector: nn.Module, name: str, whose: str) -> nn.Module:
+def part_of(detector: nn.Module, name: str, whose: str = "detector") -> nn.Module:
+    """A part by its name among the detector's ``parts``, or by its path; ValueError where there is none."""
     parts = getattr(detector, "parts", {})
     if name in parts:
         return parts[name]

@@ -1,9 +1,9 @@
 """FitNets: Romero et al., FitNets: Hints for Thin Deep Nets, ICLR 2015, equation 3 (stage 1).
 
 Hints first: for the first steps the student learns nothing but its guided layers, half the squared difference to the
-teacher's through a regressor; then the detector's own losses alone. The paper sums over a picture's elements; here, as
-in the papers after it, the mean, so that the size of a picture does not matter. Its second stage, with the teacher's
-class probabilities, is this recipe together with ``hinton``.
+teacher's through a regressor; then the detector's own losses alone. The paper sums over a picture's elements; here it
+is the mean, as in the papers after it, so that the size of a picture does not matter. Other recipes wait for the first
+stage to end: the paper's second stage, with the teacher's class probabilities, is this recipe together with ``hinton``.
 
 Keys: ``weight``, ``hint_steps`` or ``hint_epochs`` (none: a quarter of the steps), ``level`` (of the pairs, from 0;
 none: all), ``adapter``.
@@ -35,6 +35,10 @@ class FitNets(Recipe):
         super().__init__(options, setup)
         if options.hint_steps is not None and options.hint_epochs is not None:
             raise ValueError("fitnets: hint_steps and hint_epochs say the same thing; give one of them")
+        for key in ("hint_steps", "hint_epochs"):
+            value = getattr(options, key)
+            if value is not None and value < 1:
+                raise ValueError(f"fitnets: {key}: expected at least 1, got {value}")
         pairs = setup.pairs()
         if options.level is not None and not 0 <= options.level < len(pairs):
             raise ValueError(f"fitnets: level: expected 0 to {len(pairs) - 1}, got {options.level}")
@@ -49,7 +53,10 @@ class FitNets(Recipe):
             return step.index < options.hint_steps
         if options.hint_epochs is not None:
             return step.index < options.hint_epochs * step.epoch_steps
-        return step.index < step.steps // 4
+        return step.index < max(1, step.steps // 4)
+
+    def exclusive(self, step: Step) -> bool:
+        return self.hints(step)
 
     def factor(self, step: Step) -> float:
         return float(self.hints(step))

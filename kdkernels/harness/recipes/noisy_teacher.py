@@ -40,7 +40,8 @@ class NoisyTeacher(Recipe):
             raise ValueError(f"noisy-teacher: sigma: expected a number of at least 0, got {options.sigma}")
         if not 0 <= options.probability <= 1:
             raise ValueError(f"noisy-teacher: probability: expected a number in [0, 1], got {options.probability}")
-        self.random = torch.Generator().manual_seed(setup.seed)
+        self.seed = setup.seed
+        self.random: torch.Generator | None = None  # on the logits' device, once that is known
 
     def extra(self, step: Step) -> dict[str, Tensor]:
         rows = step.class_rows(self.options.proposals)
@@ -48,6 +49,9 @@ class NoisyTeacher(Recipe):
 
     def disturbed(self, logits: Tensor) -> Tensor:
         """Logits (K, C) with noise in some of their rows."""
-        draw = torch.randn(logits.shape, generator=self.random)
-        chosen = torch.rand((len(logits), 1), generator=self.random) < self.options.probability
+        if self.random is None:
+            self.random = torch.Generator(logits.device).manual_seed(self.seed)
+        how = {"generator": self.random, "device": logits.device}
+        draw = torch.randn(logits.shape, **how)
+        chosen = torch.rand((len(logits), 1), **how) < self.options.probability
         return logits * (1 + self.options.sigma * draw * chosen).to(logits)

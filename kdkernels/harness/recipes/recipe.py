@@ -31,12 +31,14 @@ class Setup:
 
     student, teacher: detectors; the teacher's is the one inside the frozen teacher. Recipes keep neither.
     seed: of the recipes' own generators.
+    image_size: of a picture that the student takes, for a question to its head.
     unlabeled: whether batches without ground truth come as well.
     """
 
     student: Any
     teacher: Any
     seed: int = 0
+    image_size: int = 256
     unlabeled: bool = False
 
     def pairs(self, kind: str = "features") -> list[Pair]:
@@ -45,8 +47,8 @@ class Setup:
 
     @property
     def logits(self) -> tuple[str, int]:
-        """The activation and the number of the student's class logits, background included, asked of it with one grey
-        picture.
+        """The activation and the number of the student's class logits, background included, asked of it with two grey
+        pictures.
         """
         student = self.student
         training = student.training
@@ -54,9 +56,9 @@ class Setup:
         student.eval()
         try:
             with torch.no_grad():
-                features = student.features(torch.full((1, 3, 256, 256), 0.5, device=weight.device))
+                features = student.features(torch.full((2, 3, *[self.image_size] * 2), 0.5, device=weight.device))
                 if hasattr(student, "head"):
-                    logits, _ = student.head(features, [weight.new_tensor([[16.0, 16.0, 96.0, 96.0]])])
+                    logits, _ = student.head(features, [weight.new_tensor([[8.0, 8.0, 40.0, 40.0]])] * 2)
                     return "softmax", logits.shape[1]
                 found = student.dense(features)
                 return found.activation, found.logits.shape[2]
@@ -94,6 +96,10 @@ class Recipe(nn.Module):
     def factor(self, step: Step) -> float:
         """What all terms are multiplied by at a step; 0 leaves them out."""
         return 1.0
+
+    def exclusive(self, step: Step) -> bool:
+        """Whether a step is this recipe's alone: all others are left out of it."""
+        return False
 
     def task_weight(self, loss: str, step: Step) -> float:
         """What a loss of the detector's own is multiplied by."""
@@ -159,9 +165,16 @@ def _value(name: str, key: str, text: str, kind: Any) -> Any:
         raise ValueError(f"{name}: {key}: expected {number.__name__}, got {text!r}") from None
     if isinstance(value, float) and not value - value == 0:  # infinite, or NaN
         raise ValueError(f"{name}: {key}: expected a finite number, got {text!r}")
+    positive = "temperature" in key
+    if isinstance(value, float) and (value < 0 or (positive and value == 0)):
+        raise ValueError(f"{name}: {key}: expected a number {'above' if positive else 'of at least'} 0, got {text!r}")
     return value
 
 
 def described(kind: type[Recipe]) -> str:
-    """The recipe's keys with their defaults, in one line."""
-    return ", ".join(f"{x.name}={x.default}" for x in dataclasses.fields(kind.Options))
+    """The recipe's keys with their published values, and those of the preset "scenes" where it has others."""
+    found = []
+    for field in dataclasses.fields(kind.Options):
+        scenes = f" (scenes: {kind.scenes[field.name]})" if field.name in kind.scenes else ""
+        found.append(f"{field.name.rstrip('_')}={field.default}{scenes}")
+    return ", ".join(found)
