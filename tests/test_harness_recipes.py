@@ -298,8 +298,9 @@ def test_terms_are_the_papers_formulas(name, kind, teachers, pictures):
 # --- training
 
 
+@pytest.mark.parametrize("steps", [4, pytest.param(40, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("name", "kind"), CASES)
-def test_a_recipe_trains_the_student_and_its_adapters_and_nothing_else(name, kind, teachers, pictures):
+def test_a_recipe_trains_the_student_and_its_adapters_and_nothing_else(name, kind, steps, teachers, pictures):
     """Without the detector's own losses: the terms fall, and every gradient is where it belongs."""
     student, teacher = model(kind).train(), teachers[kind]
     distil = distillation(TEXTS.get(name, name), student, teacher, preset="scenes", steps=1000)
@@ -307,7 +308,7 @@ def test_a_recipe_trains_the_student_and_its_adapters_and_nothing_else(name, kin
     parameters = [*student.parameters(), *distil.parameters()]
     optimizer = torch.optim.Adam(parameters, lr=3e-4)
     losses = []
-    for index in range(4):
+    for index in range(steps):
         total = distil(step_of(name, distil, student, pictures, index)).total
         losses.append(float(total.detach()))
         optimizer.zero_grad()

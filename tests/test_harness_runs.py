@@ -230,6 +230,23 @@ def test_pictures_without_labels_and_a_student_of_half_size_pictures(tmp_path):
     assert {"distill/soft-labels/rpn_classes", "distill/combined/pearson"} <= terms(out)
 
 
+def test_what_is_compiled_is_one_graph_each(tmp_path, monkeypatch):
+    """Backbone with pyramid, and each objective: traced whole, run by their own operations."""
+    compiled = []
+
+    def traced(what, *, fullgraph):
+        assert fullgraph
+        compiled.append(type(what).__name__)
+        return compile_with(what, fullgraph=True, backend="eager")
+
+    compile_with = torch.compile
+    monkeypatch.setattr(torch, "compile", traced)
+    out = run(tmp_path, *MODELS["retinanet"], "--recipe", "pkd", "--recipe", "defeat", "--recipe", "mimic", "--compile")
+    assert compiled[:3] == ["method", "DetectionDistillationLoss", "DetectionDistillationLoss"], "two objectives"
+    assert compiled.count("method") == 3, "of each student"
+    assert terms(out) == {"distill/pkd/pearson", "distill/defeat/masked_mse", "distill/mimic/masked_mse"}
+
+
 @pytest.mark.slow
 def test_compiled_training(tmp_path):
     out = run(tmp_path, *MODELS["retinanet"], "--recipe", "pkd", "--recipe", "defeat", "--compile")

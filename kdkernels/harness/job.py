@@ -82,7 +82,7 @@ class Job:
             teacher = self._untrained_teacher()
             for prefix, recipes, changes in rows:
                 try:
-                    student, distillation, _ = self._started(teacher, recipes, **changes)
+                    student, distillation, _ = self._started(teacher, recipes, compile=False, **changes)
                     self._dry_step(student, distillation)
                 except JobError as error:
                     raise JobError(f"{prefix}{error}" if options.compare else str(error)) from None
@@ -94,7 +94,6 @@ class Job:
         """A step and a detection of an untrained student, which raise what the first of them would."""
         count = min(self.options.training.batch_size, 2)
         images, targets = to_device(*collate([self.train[i % len(self.train)] for i in range(count)]), self.device)
-        student.__dict__.pop("features", None)  # whether it can be compiled, the training finds out in its first step
         objective = alone(student) if distillation is None else distilled(student, distillation)
         objective(images, targets, 0)
         if distillation is not None and distillation.needs_unlabeled:
