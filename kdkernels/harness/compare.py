@@ -141,9 +141,13 @@ def run(job: Any, begin: float) -> None:
         student = job.student(row.title, job.options.training.steps, teacher, row.recipes, **how)
         lines.append(_line(row.title, student.run, row))
         job.progress.record(kind="result", pictures=len(job.val), **lines[-1])
+        if not job.processes.first:
+            continue
         write(job.options.output_dir, lines)  # after each row: a run that is stopped leaves what it has
     seconds = time.perf_counter() - begin
     job.progress.record(kind="end", seconds=seconds)
+    if not job.processes.first:
+        return
     print(table(lines))
     print(f"\nScored on {len(job.val)} pictures, with one seed: repeat with other --seed values before you believe a")
     print(f"difference. {seconds:.0f} s in all. In {job.options.output_dir}: metrics.jsonl, compare.csv, compare.md")

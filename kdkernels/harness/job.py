@@ -6,7 +6,7 @@ What is trained in which order, and what is shown of it, is the business of ``tr
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,15 +17,19 @@ import kdkernels as kd
 
 from . import detectors
 from .cache import TeacherCache, key_of
-from .data import to_device
+from .data import collate, to_device
 from .detectors.rescaled import Rescaled
 from .distill import Distillation, alone, distilled
 from .ensemble import TeacherEnsemble
 from .evaluate import Evaluator
 from .flags import Options
-from .loop import Run, fit
+from .interrupt import Interruption
+from .loop import Objective, Run, fit
+from .processes import ALONE, Processes, Shared
 from .progress import Progress
 from .recipes import RecipeText, Setup
+from .resume import RunFolder
+from .settings import TrainSettings
 from .teacher import FrozenTeacher
 
 
@@ -51,11 +55,25 @@ class Job:
         train, val: pictures.
         identity: what identifies the pictures, for the teacher's key.
         unlabeled: pictures without ground truth, or None.
+        folder: where the trainings' checkpoints go; None: nowhere.
+        interruption: what a step is held whole against.
+        processes: this one among those of the run.
     """
 
     def __init__(
-        self, options: Options, train: Any, val: Any, identity: dict, progress: Progress, unlabeled: Any = None
+        self,
+        options: Options,
+        train: Any,
+        val: Any,
+        identity: dict,
+        progress: Progress,
+        unlabeled: Any = None,
+        *,
+        folder: RunFolder | None = None,
+        interruption: Interruption | None = None,
+        processes: Processes = ALONE,
     ) -> None:
+        self.folder, self.interruption, self.processes = folder, interruption, processes
         self.options, self.train, self.val, self.identity, self.progress = options, train, val, identity, progress
         self.unlabeled = unlabeled
         self.device = torch.device(options.device)
@@ -91,18 +109,48 @@ class Job:
             recipes: none: alone, by the detector's own losses.
             changes: of the options, for this student: ``inherit``, ``freeze``.
         """
-        settings = replace(self.options.training, steps=steps)
+        settings = self.options.training.lasting(steps)
         torch.manual_seed(settings.seed)  # every student starts from the same weights
         student, distillation, inherited = self._started(teacher.detector, recipes, teacher, steps, **changes)
+        generators: dict[str, torch.Generator] = {}
         objective, parameters = alone(student), list(student.parameters())
         if distillation is not None:
-            unlabeled = self._unlabeled_batches() if distillation.needs_unlabeled else None
+            unlabeled = None
+            if distillation.needs_unlabeled:
+                unlabeled = _Unlabeled(self.unlabeled, settings, self.processes, self.device)
+                generators["unlabeled"] = unlabeled.order
             every = self.options.grad_report_every
             objective = distilled(student, distillation, norms_every=every, unlabeled=unlabeled)
             parameters += list(distillation.parameters())
-        run = fit(
+            generators |= distillation.generators
+        run = self._fit(name, student, objective, settings, parameters, distillation, generators)
+        return Student(student, run, distillation, inherited)
+
+    def decide(self, name: str, make: Callable[[], Any]) -> Any:
+        """What ``make`` gives, in JSON's types; a run that goes on keeps to what it was, and so do all processes."""
+        found = None
+        if self.processes.first:
+            found = make() if self.folder is None else self.folder.decide(name, make)
+        return self.processes.told(found)
+
+    def _fit(
+        self,
+        name: str,
+        detector: nn.Module,
+        objective: Objective,
+        settings: TrainSettings,
+        parameters: list[nn.Parameter],
+        distillation: Distillation | None = None,
+        generators: dict[str, torch.Generator] | None = None,
+    ) -> Run:
+        checkpoints = None
+        if self.folder is not None:
+            checkpoints = self.folder.checkpoints(name, settings.steps, self.progress.say)
+        if self.processes.count > 1:
+            objective = Shared(objective, detector, distillation, self.device)
+        return fit(
             name,
-            student,
+            detector,
             objective,
             self.train,
             settings,
@@ -110,8 +158,13 @@ class Job:
             device=self.device,
             evaluator=self.evaluator,
             progress=self.progress,
+            upkeep=self.options.upkeep,
+            checkpoints=checkpoints,
+            distillation=distillation,
+            generators=generators,
+            interruption=self.interruption,
+            processes=self.processes,
         )
-        return Student(student, run, distillation, inherited)
 
     def _started(
         self,
@@ -142,7 +195,10 @@ class Job:
             student.features = torch.compile(student.features, fullgraph=True)
         if not recipes:
             return student, None, inherited
-        setup = Setup(student, teacher_detector, options.training.seed, self.unlabeled is not None)
+        training = options.training
+        # Each process draws for its own pictures.
+        seed = training.seed + self.processes.rank
+        setup = Setup(student, teacher_detector, seed, self.unlabeled is not None)
         try:
             built = [recipe.build(setup) for recipe in recipes]
         except ValueError as error:
@@ -153,8 +209,10 @@ class Job:
             base_size=options.base_size,
             limit=options.proposals,
             steps=steps,
-            epoch_steps=math.ceil(len(self.train) / options.training.batch_size),
+            epoch_steps=math.ceil(len(self.train) / (training.batch_size * training.accumulate * self.processes.count)),
             compile=options.compile,
+            schedule=options.kd,
+            process_group=torch.distributed.group.WORLD if self.processes.count > 1 else None,
         ).to(self.device)
         return student, distillation, inherited
 
@@ -181,7 +239,7 @@ class Job:
         return (members[0] if len(members) == 1 else TeacherEnsemble(members)).to(self.device)
 
     def _trained_teacher(self) -> tuple[nn.Module, Run]:
-        settings = replace(self.options.training, steps=self.options.teacher_steps)
+        settings = self.options.training.lasting(self.options.teacher_steps)
         known = detectors.settings_of(
             self.options.teacher_model, classes=self.classes, image_size=self.options.image_size
         )
@@ -189,6 +247,7 @@ class Job:
             "data": self.identity,
             "detector": asdict(known) if known is not None else self.options.teacher_model,
             "training": {key: value for key, value in asdict(settings).items() if key != "workers"},
+            "processes": self.processes.count,
         }
         cache, key = TeacherCache(self.options.teacher_cache), key_of(made_of)
         torch.manual_seed(settings.seed)
@@ -201,47 +260,16 @@ class Job:
             record = None
         teacher.to(self.device)
         if record is not None:
-            run = Run(**record)
-            run.scores = [tuple(score) for score in run.scores]
+            run = Run.of(record)
             self.progress.say(f"teacher: {cache.path(key)}, trained before in {run.seconds:.0f} s")
             return teacher, run
-        run = fit(
-            "teacher",
-            teacher,
-            alone(teacher),
-            self.train,
-            settings,
-            parameters=teacher.parameters(),
-            device=self.device,
-            evaluator=self.evaluator,
-            progress=self.progress,
-        )
-        if known is not None:
+        run = self._fit("teacher", teacher, alone(teacher), settings, list(teacher.parameters()))
+        if known is not None and self.processes.first:
             try:
                 self.progress.say(f"teacher: kept in {cache.save(key, teacher, asdict(run))}")
             except OSError as error:
                 self.progress.say(f"warning: the teacher cannot be kept: {error}")
         return teacher, run
-
-    def _unlabeled_batches(self) -> Any:
-        """A function that gives batch after batch of the pictures without ground truth."""
-        settings = self.options.training
-
-        def batches() -> Iterator[Tensor]:
-            order = torch.Generator().manual_seed(settings.seed + 1)
-            while True:
-                chosen = torch.randperm(len(self.unlabeled), generator=order)[: settings.batch_size]
-                yield chosen
-
-        endless = batches()
-
-        def next_batch() -> Tensor:
-            from .data import collate
-
-            samples = [self.unlabeled[int(index)] for index in next(endless)]
-            return to_device(*collate(samples), self.device)[0]
-
-        return next_batch
 
     def settings(self) -> dict[str, Any]:
         """What makes the run, for its records."""
@@ -263,3 +291,15 @@ class Job:
             "torch": torch.__version__,
             "kernels": {loss: backends.get(self.device.type, ("reference",))[0] for loss, backends in served.items()},
         }
+
+
+class _Unlabeled:
+    """Gives batch after batch of the pictures without ground truth; ``order`` is all that it remembers."""
+
+    def __init__(self, pictures: Any, settings: TrainSettings, processes: Processes, device: torch.device) -> None:
+        self.pictures, self.count, self.device = pictures, settings.batch_size, device
+        self.order = torch.Generator().manual_seed(settings.seed + 1 + processes.rank)
+
+    def __call__(self) -> Tensor:
+        chosen = torch.randperm(len(self.pictures), generator=self.order)[: self.count]
+        return to_device(*collate([self.pictures[int(index)] for index in chosen]), self.device)[0]

@@ -29,16 +29,24 @@ def to_device(pictures: Tensor, targets: list[dict], device: torch.device) -> Ba
 
 
 def training_batches(
-    pictures: Dataset, steps: int, batch_size: int, seed: int, workers: int = 0, first: int = 0
+    pictures: Dataset,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    workers: int = 0,
+    first: int = 0,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
     """Exactly ``steps`` batches in a seeded order: one permutation of the pictures after the other.
 
     The same at any number of workers. ``first`` leaves out so many of the batches, without reading them: a run that
-    goes on after step k gets what it would have got. Pictures that cannot be decoded are counted in the set's
-    ``problems``.
+    goes on after step k gets what it would have got. ``share`` is this process's number and how many there are: each
+    takes its batch in turn of the same order, so that together they see what one would with larger batches. Pictures
+    that cannot be decoded are counted in the set's ``problems``.
     """
     order = torch.Generator().manual_seed(seed)
-    sampler = _Draws(RandomSampler(pictures, num_samples=steps * batch_size, generator=order), first * batch_size)
+    draws = RandomSampler(pictures, num_samples=steps * batch_size * share[1], generator=order)
+    sampler = _Draws(draws, first * batch_size * share[1], batch_size, share)
     # The loader draws its workers' base seed from this generator; without one it would move the global state.
     seeds = torch.Generator().manual_seed(seed)
     drawn = _Drawn(pictures, seed)
@@ -67,16 +75,18 @@ def _counted(batches: Iterator[Batch], pictures: Any) -> Iterator[Batch]:
 
 
 class _Draws(Sampler):
-    """Pairs of the number of a draw and the picture drawn, without the first ``skip``."""
+    """Pairs of the number of a draw and the picture drawn, without the first ``skip``; of ``share``'s batches alone."""
 
-    def __init__(self, sampler: RandomSampler, skip: int) -> None:
-        self.sampler, self.skip = sampler, skip
+    def __init__(self, sampler: RandomSampler, skip: int, batch_size: int, share: tuple[int, int]) -> None:
+        self.sampler, self.skip, self.batch_size, self.share = sampler, skip, batch_size, share
 
     def __len__(self) -> int:
-        return max(0, len(self.sampler) - self.skip)
+        return max(0, len(self.sampler) - self.skip) // self.share[1]
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        return ((draw, index) for draw, index in enumerate(self.sampler) if draw >= self.skip)
+        mine, count = self.share
+        drawn = ((draw, index) for draw, index in enumerate(self.sampler) if draw >= self.skip)
+        return ((draw, index) for draw, index in drawn if draw // self.batch_size % count == mine)
 
 
 class _Drawn(Dataset):
