@@ -18,7 +18,7 @@ from harness_parts import SMALL
 from kdkernels.harness import data, flags, loop, train
 from kdkernels.harness.settings import TrainSettings
 
-FILES = {"metrics.jsonl", "curves.png", "detections.png", "students.pt"}
+FILES = {"metrics.jsonl", "curves.png", "detections.png", "students.pt", "students"}
 ROWS = ["teacher", "alone", "alone, equal time", "distilled"]
 
 

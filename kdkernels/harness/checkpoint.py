@@ -99,6 +99,8 @@ class Checkpoints:
                 raise ValueError(f"its {size} bytes are not those that were written (torn, truncated or changed)")
             # weights_only: a checkpoint is data, it must not be able to run code
             content = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(content, dict):
+                raise ValueError("it holds no training")
             if content["format"] != FORMAT:
                 raise ValueError(f"it has format {content['format']}, and this version reads {FORMAT}")
             if content["digest"] != self.digest:

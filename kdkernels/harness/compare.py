@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .export import FOLDER, export
 from .recipes import RecipeText, parse
 
 COMPARE = (
@@ -143,6 +144,7 @@ def run(job: Any, begin: float) -> None:
         job.progress.record(kind="result", pictures=len(job.val), **lines[-1])
         if not job.processes.first:
             continue
+        export(job.options.output_dir, row.title, student)
         write(job.options.output_dir, lines)  # after each row: a run that is stopped leaves what it has
     seconds = time.perf_counter() - begin
     job.progress.record(kind="end", seconds=seconds)
@@ -150,7 +152,8 @@ def run(job: Any, begin: float) -> None:
         return
     print(table(lines))
     print(f"\nScored on {len(job.val)} pictures, with one seed: repeat with other --seed values before you believe a")
-    print(f"difference. {seconds:.0f} s in all. In {job.options.output_dir}: metrics.jsonl, compare.csv, compare.md")
+    print(f"difference. {seconds:.0f} s in all. In {job.options.output_dir}: metrics.jsonl, compare.csv, compare.md,")
+    print(f"{FOLDER}/*.safetensors")
 
 
 def _line(title: str, run: Any, row: Row | None) -> dict[str, Any]:

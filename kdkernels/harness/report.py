@@ -11,6 +11,7 @@ from torch import nn
 from .data import collate, to_device
 from .detectors import Cost, cost
 from .evaluate import Evaluator, voc_ap
+from .export import FOLDER, export
 from .extras import require
 from .loop import Run
 from .split import PARTS
@@ -49,6 +50,8 @@ def write(
     for detector in detectors.values():
         detector.__dict__.pop("features", None)  # a compiled one, in the place of its own: operations are counted in it
     weights = save(folder, students)
+    for name, student in students.items():
+        export(folder, name, student)
     costs = {
         name: cost(x, options.image_size) for name, x in (("teacher", teacher[0]), ("student", detectors["alone"]))
     }
@@ -64,7 +67,7 @@ def write(
     print(table(everything, parts, len(job.val), costs))
     for entry in extra:
         print(f"{entry['what']}, {entry['run']}: {entry['score']:.3f}")
-    names = ", ".join(["metrics.jsonl", "curves.png", "detections.png", *weights])
+    names = ", ".join(["metrics.jsonl", "curves.png", "detections.png", *weights, f"{FOLDER}/*.safetensors"])
     print(f"\n{seconds:.0f} s in all. In {folder}: {names}")
 
 

@@ -1,0 +1,93 @@
+"""Runs at a tiny scale, and ways to end one: what the tests of resuming and of several processes share. No test here."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+TINY = [
+    *("--quick", "--teacher-steps", "2", "-b", "2", "--image-size", "64", "--device", "cpu"),
+    *("--model", "faster_rcnn:width=0.125,channels=32", "--teacher-model", "faster_rcnn:width=0.125,channels=32"),
+]
+#: Recipes that draw from generators of their own, one with adapters.
+ROWS = ["none", "defeat:masks=random,rows=subneg+noisy-teacher", "pkd:adapter=true"]
+COMPARE = [*TINY, "--steps", "4", "--compare", *ROWS, "--checkpoint-every", "1"]
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    """Every tensor of the students and adapters that a run has left."""
+    from safetensors.torch import load_file
+
+    return {f"{path.name}/{key}": x for path in sorted(folder.glob("students/*")) for key, x in load_file(path).items()}
+
+
+def steps(folder: Path) -> list[tuple[str, int, float, dict]]:
+    """What the records say of each step, without the times."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [(e["run"], e["step"], e["loss"], e["losses"]) for e in lines if e["kind"] == "step"]
+
+
+def child(argv: list[str], how: str, after: float) -> None:
+    """A run in a process of its own that kills itself, by ``how``: "time" (``after`` so many seconds), "write" (in the
+    middle of a checkpoint's content), "rename" (before it has its name), "record" (after a step), each of them at the
+    ``after``-th occasion; or "never".
+    """
+    import torch
+
+    from kdkernels.harness import checkpoint, progress, train
+
+    def kill() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    left = [after]
+
+    def now() -> bool:
+        left[0] -= 1
+        return left[0] < 0
+
+    save, replace, record = torch.save, os.replace, progress.Progress.record
+
+    def torn(content: Any, file: Any) -> None:
+        save(content, file)
+        if now():
+            file.flush()
+            os.ftruncate(file.fileno(), file.tell() // 2)
+            kill()
+
+    def unnamed(*names: Any) -> None:
+        if now():
+            kill()
+        replace(*names)
+
+    def recorded(self: Any, **entry: Any) -> None:
+        record(self, **entry)
+        if entry["kind"] == "step" and now():
+            kill()
+
+    if how == "time":
+        threading.Timer(after, kill).start()
+    elif how == "write":
+        torch.save = torn
+    elif how == "rename":
+        checkpoint.os.replace = unnamed
+    elif how == "record":
+        progress.Progress.record = recorded
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 1)
+    code = train.main(argv)
+    os._exit(code)
+
+
+def moments(count: int, longest: float, seed: int) -> list[tuple[str, float]]:
+    """Random ways and times to die."""
+    draw = random.Random(seed)
+    ways = {"write": 8, "rename": 8, "record": 8}
+    return [
+        (how, float(draw.randrange(ways[how])) if how in ways else draw.uniform(0.2, longest))
+        for how in (draw.choice(["time", "time", *ways]) for _ in range(count))
+    ]
