@@ -1,4 +1,4 @@
-"""Runs at a tiny scale, and ways to end one: what the tests of resuming and of several processes share. No test here."""
+"""Tiny runs, and ways to end one: what the tests of resuming and of several processes share. No test lives here."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ def child(argv: list[str], how: str, after: float) -> None:
 def moments(count: int, longest: float, seed: int) -> list[tuple[str, float]]:
     """Random ways and times to die."""
     draw = random.Random(seed)
-    ways = {"write": 8, "rename": 8, "record": 8}
+    ways = {"write": 3, "rename": 4, "record": 3}
     return [
-        (how, float(draw.randrange(ways[how])) if how in ways else draw.uniform(0.2, longest))
+        (how, float(draw.randrange(ways[how])) if how in ways else draw.uniform(0.2, 0.6 * longest))
         for how in (draw.choice(["time", "time", *ways]) for _ in range(count))
     ]

@@ -84,12 +84,6 @@ class Checkpoints:
                 self.say(f"warning: {path} is not a usable checkpoint: {error}; {more}")
         return None
 
-    def tidy(self) -> None:
-        """Remove what a killed process has left half written."""
-        if self.folder.is_dir():
-            for path in self.folder.glob(".step.*.tmp"):
-                path.unlink(missing_ok=True)
-
     def _read(self, path: Path) -> Checkpoint:
         try:
             size = path.stat().st_size

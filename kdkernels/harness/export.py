@@ -1,4 +1,4 @@
-"""The trained students as files of their own, which ``--weights`` and any safetensors reader load. Only writing them."""
+"""The trained students as files of their own, which ``--weights`` and other readers of safetensors load."""
 
 from __future__ import annotations
 

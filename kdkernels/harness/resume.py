@@ -51,9 +51,8 @@ class RunFolder:
             if changed:
                 raise ResumeError(f"{output} holds another run: {'; '.join(changed[:5])}")
             self.content["decided"] = found["decided"]
-            for folder in self.folder.iterdir():
-                if folder.is_dir() and first:
-                    Checkpoints(folder, "", print).tidy()
+            if first:
+                self._tidy(output)
         elif first:
             self.folder.mkdir(parents=True)
         self._write()
@@ -77,6 +76,12 @@ class RunFolder:
             # First what makes it a run to go on with.
             (self.folder / FILE).unlink(missing_ok=True)
             shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _tidy(self, output: Path) -> None:
+        """Remove what a killed process has left half written."""
+        for folder in (output, self.folder, *(path for path in self.folder.iterdir() if path.is_dir())):
+            for path in folder.glob(".*.tmp"):
+                path.unlink(missing_ok=True)
 
     def _write(self) -> None:
         if self.first:
