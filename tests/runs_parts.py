@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import signal
+import socket
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +94,36 @@ def moments(count: int, longest: float, seed: int) -> list[tuple[str, float]]:
         (how, float(draw.randrange(ways[how])) if how in ways else draw.uniform(0.2, 0.6 * longest))
         for how in (draw.choice(["time", "time", *ways]) for _ in range(count))
     ]
+
+
+def together(target: Any, count: int, *args: Any, timeout: float = 120) -> list[int | None]:
+    """Run ``target(rank, *args)`` in so many processes that find each other as under ``torchrun``; their exit codes."""
+    context = processes_context()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = [context.Process(target=_one, args=(target, rank, count, port, args)) for rank in range(count)]
+    for process in started:
+        process.start()
+    end = time.monotonic() + timeout
+    for process in started:
+        process.join(max(0.1, end - time.monotonic()))
+    codes = [process.exitcode for process in started]
+    for process in started:
+        if process.is_alive():
+            process.kill()
+    return codes
+
+
+def _one(target: Any, rank: int, count: int, port: int, args: Any) -> None:
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count}
+    os.environ.update({name: str(value) for name, value in where.items()})
+    target(rank, *args)
+
+
+def processes_context() -> Any:
+    """Processes that are forked from one that has imported everything and computed nothing."""
+    context = multiprocessing.get_context("forkserver")
+    modules = ["kdkernels.harness.job", "kdkernels.harness.train", "torchvision.models.detection", "sklearn.datasets"]
+    context.set_forkserver_preload([*modules, "matplotlib.pyplot", "faster_coco_eval"])
+    return context

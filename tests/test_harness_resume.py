@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
 import random
 import shutil
@@ -20,7 +19,7 @@ pytest.importorskip("torchvision")
 pytest.importorskip("matplotlib")
 pytest.importorskip("safetensors")
 
-from runs_parts import COMPARE, ROWS, TINY, child, moments, steps, weights
+from runs_parts import COMPARE, ROWS, TINY, child, moments, processes_context, steps, weights
 
 from kdkernels.harness import checkpoint, evaluate, loop, progress, train
 from kdkernels.harness.checkpoint import Checkpoints
@@ -92,8 +91,7 @@ def test_a_run_stopped_by_sigterm_says_how_to_go_on_and_ends_in_the_same_bits(wh
 
 def killed(tmp_path, ways):
     """Run the comparison until it is through, killed on the way; returns how often it was."""
-    context = multiprocessing.get_context("forkserver")  # imports once, and forks before anything was computed
-    context.set_forkserver_preload(["kdkernels.harness.job", "torchvision.models.detection", "matplotlib.pyplot"])
+    context = processes_context()
     out = tmp_path / "out"
     argv = [*COMPARE, "--output-dir", str(out), "--teacher-cache", str(tmp_path / "cache")]
     deaths = 0

@@ -53,7 +53,7 @@ class Distillation(nn.Module):
         compile: whether the objectives are compiled, each as one graph.
         schedule: when distillation counts; a weight that changes reaches the objectives as tensors, whose graph stays.
         process_group: of data-parallel ranks: the objectives' statistics and divisors become those of the joined batch.
-            Terms that are no part of an objective keep those of their rank.
+            Terms that are no part of an objective, and sums whose rows a recipe weighs, are means over the ranks.
 
     Raises:
         ValueError: no recipe.
@@ -133,7 +133,7 @@ class Distillation(nn.Module):
             owner = {term: call.label for call in group for term in call.terms}
             result = self._objective(group, norms)(
                 **{key: value for call in group for key, value in call.inputs.items()},
-                loss_weights=_weights(group, step.images.device, always=self.schedule != KdSettings()),
+                loss_weights=self._weights(group, step.images.device),
             )
             total = total + result.total
             terms |= {f"{owner[name]}/{name}": value for name, value in result.terms.items()}
@@ -161,6 +161,21 @@ class Distillation(nn.Module):
             weight *= recipe.task_weight(loss, step)
         return weight
 
+    def _weights(self, group: list[Call], device: torch.device) -> dict[str, Tensor] | None:
+        """What the configured weights become at this step. On the device, so that a compiled graph stays the same; and,
+        where they change from step to step, always, as a graph without them is another.
+        """
+        ranks = 1 if self.process_group is None else torch.distributed.get_world_size(self.process_group)
+        always = self.schedule != KdSettings()
+        found = {}
+        for call in group:
+            for name, keywords in call.terms.items():
+                # The rows of a sum have weights that a recipe made of its own rank's rows: their mean over the ranks.
+                factor = call.factor / ranks if keywords.get("reduction") == "sum" else call.factor
+                if always or factor != 1:
+                    found[name] = torch.tensor(factor * keywords.get("loss_weight", 1.0), device=device)
+        return found or None
+
     def _objective(self, group: list[Call], norms: bool) -> Callable[..., kd.DistillationResult]:
         key = tuple(f"{call.label}/{term}" for call in group for term in call.terms)
         if key not in self._objectives:
@@ -168,7 +183,9 @@ class Distillation(nn.Module):
             device = next(x.device for x in _tensors(group[0].inputs))
             objective = kd.DetectionDistillationLoss(process_group=self.process_group, **config).to(device)
             self._objectives[key] = objective
-            self._called[key] = torch.compile(objective, fullgraph=True) if self.compile else objective
+            # What ranks tell each other is no part of a graph.
+            compiled = self.compile and self.process_group is None
+            self._called[key] = torch.compile(objective, fullgraph=True) if compiled else objective
         self._objectives[key].gradient_norms = norms
         return self._called[key]
 
@@ -201,19 +218,6 @@ def _fit(call: Call, other: Call) -> bool:
 def apart(call: Call) -> list[Call]:
     """A call per term."""
     return [call._replace(terms={name: keywords}) for name, keywords in call.terms.items()]
-
-
-def _weights(group: list[Call], device: torch.device, always: bool = False) -> dict[str, Tensor] | None:
-    """What the configured weights become at this step. On the device, so that a compiled graph stays the same; and,
-    where they change from step to step, ``always``, as a graph without them is another.
-    """
-    changed = {
-        name: torch.tensor(call.factor * keywords.get("loss_weight", 1.0), device=device)
-        for call in group
-        if always or call.factor != 1
-        for name, keywords in call.terms.items()
-    }
-    return changed or None
 
 
 def _tensors(inputs: Mapping[str, Any]) -> list[Tensor]:

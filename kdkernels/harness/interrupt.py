@@ -51,8 +51,3 @@ class Interruption:
             yield
         finally:
             self._depth -= 1
-
-    def check(self) -> None:
-        """Stop, if that was asked meanwhile."""
-        if self.asked:
-            raise Stopped

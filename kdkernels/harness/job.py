@@ -128,10 +128,12 @@ class Job:
 
     def decide(self, name: str, make: Callable[[], Any]) -> Any:
         """What ``make`` gives, in JSON's types; a run that goes on keeps to what it was, and so do all processes."""
-        found = None
-        if self.processes.first:
-            found = make() if self.folder is None else self.folder.decide(name, make)
-        return self.processes.told(found)
+        if self.folder is None:
+            return self.processes.told(make())
+        if not self.processes.told(self.folder.decided(name)):
+            value = make()  # all of them: it may need them all
+            self.folder.decide(name, value)
+        return self.processes.told(self.folder.content["decided"].get(name))
 
     def _fit(
         self,

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from .checkpoint import Checkpoints
 from .data import to_device, training_batches
 from .evaluate import Evaluator, Score
-from .interrupt import Interruption
+from .interrupt import Interruption, Stopped
 from .processes import ALONE, Processes
 from .progress import Progress, Task
 from .schedule import learning_rate, optimizer_of
@@ -174,13 +174,18 @@ def fit(
                 every = upkeep.checkpoint_every
                 if stop or step in due or (every and step % every == 0):
                     save(step)
-            interruption.check()
+            # Several processes stop by what they agreed on; one that was asked meanwhile says so at the next step.
+            if stop or (processes.count == 1 and interruption.asked):
+                raise Stopped
             if step in due:
                 evaluate(step, task)
             begin = time.perf_counter()
+        processes.share_buffers(detector)
         with interruption.held():
             save(settings.steps, finished=True)
-        interruption.check()
+            stop = processes.any(interruption.asked, device)
+        if stop:
+            raise Stopped
     if run.skipped:
         progress.say(
             f"{name}: {run.skipped} of {run.steps} steps were skipped, their loss or gradient not being finite"

@@ -48,6 +48,12 @@ class Processes:
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return bool(found)
 
+    def share_buffers(self, module: nn.Module) -> None:
+        """Everyone's running statistics become the first one's."""
+        if self.count > 1:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, src=0)
+
 
 ALONE = Processes()
 

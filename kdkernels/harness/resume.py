@@ -63,12 +63,14 @@ class RunFolder:
         slug = re.sub(r"[^a-z0-9.=-]+", "-", name.lower()).strip("-")[:40]
         return Checkpoints(self.folder / f"{slug}-{_digest(name)[:6]}", _digest(made_of), say)
 
-    def decide(self, name: str, make: Callable[[], Any]) -> Any:
-        """What ``make`` gives, the first time; when the run goes on, what it was then. JSON's types alone."""
-        if name not in self.content["decided"]:
-            self.content["decided"][name] = make()
-            self._write()
-        return self.content["decided"][name]
+    def decided(self, name: str) -> bool:
+        """Whether the run took a decision before."""
+        return name in self.content["decided"]
+
+    def decide(self, name: str, value: Any) -> None:
+        """Keep to ``value``, in JSON's types, whenever the run goes on."""
+        self.content["decided"][name] = value
+        self._write()
 
     def finish(self) -> None:
         """The run has written its results: nothing of this is needed any more."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
+import traceback
 from dataclasses import asdict
 from typing import Any
 
@@ -46,15 +47,33 @@ def _run(options: flags.Options) -> int:
     with Interruption() as interruption:
         try:
             processes = join(torch.device(options.device), options.dist_timeout)
-            return _work(options, interruption, processes)
+            code = _work(options, interruption, processes)
+            if not code:
+                leave(processes)
+            return code
         except Stopped:
-            print(f"\nkdkernels train: stopped by SIGTERM; {_go_on(options)}", file=sys.stderr)
-            return 143
+            return _stopped(options)
         except KeyboardInterrupt:
             print(f"\nkdkernels train: interrupted; {_go_on(options)}", file=sys.stderr)
             return 130
-        finally:
-            leave(processes)
+        except RuntimeError as error:
+            if processes.count == 1:
+                raise
+            if interruption.asked:  # and another one was faster
+                return _stopped(options)
+            traceback.print_exc()
+            reason = str(error).splitlines()[0]
+            print(
+                f"kdkernels train: error: process {processes.rank} of {processes.count}: {reason}; where this is of a "
+                f"connection or a timeout, another process has ended; {_go_on(options)}",
+                file=sys.stderr,
+            )
+            return 1
+
+
+def _stopped(options: flags.Options) -> int:
+    print(f"\nkdkernels train: stopped by SIGTERM; {_go_on(options)}", file=sys.stderr)
+    return 143
 
 
 def _go_on(options: flags.Options) -> str:
