@@ -21,9 +21,9 @@ from runs_parts import ROWS, TINY, steps, together, weights
 
 from kdkernels.harness import FrozenTeacher, data, train
 from kdkernels.harness.distill import Distillation
-from kdkernels.harness.loop import Losses
 from kdkernels.harness.processes import Shared, join
 from kdkernels.harness.recipes import Setup, parse
+from kdkernels.harness.update import Losses
 
 #: With adapters, statistics, divisors by mask and by row: the objective's, global; and those that are each rank's own.
 GLOBAL = ("pkd:adapter=true", "defeat:adapter=true", "tadf:adapter=true", "combined")
@@ -118,9 +118,9 @@ ARGV = [*TINY, "--compare", "none", ROWS[1], "pkd:adapter=true+fitnets:hint_step
 
 def whole_run(rank, argv, folder, plan):
     """A run; ``plan`` says which signal this rank sends itself after which step."""
-    from kdkernels.harness import loop
+    from kdkernels.harness import loop, update
 
-    fit, step = loop.fit, loop._Training.step
+    fit, step = loop.fit, update.Updates.step
 
     def stepped(self, batches, number):
         told = step(self, batches, number)
@@ -134,7 +134,7 @@ def whole_run(rank, argv, folder, plan):
         torch.save(detector.state_dict(), folder / f"{name[:4]}-{rank}.pt")
         return run
 
-    loop._Training.step = stepped
+    update.Updates.step = stepped
     from kdkernels.harness import job
 
     job.fit = fitted

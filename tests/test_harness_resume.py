@@ -21,7 +21,7 @@ pytest.importorskip("safetensors")
 
 from runs_parts import COMPARE, ROWS, TINY, child, moments, processes_context, steps, weights
 
-from kdkernels.harness import checkpoint, evaluate, loop, progress, train
+from kdkernels.harness import checkpoint, evaluate, progress, train, update
 from kdkernels.harness.checkpoint import Checkpoints
 from kdkernels.harness.state import random_state, set_random_state
 
@@ -260,7 +260,7 @@ def test_a_loss_that_is_not_finite_is_blamed_on_its_term_and_pictures(tmp_path, 
 
 def test_steps_that_all_fail_end_the_run_even_when_they_may_be_skipped(tmp_path, monkeypatch, capsys):
     poisoned(monkeypatch, set(range(1, 9)), math.inf)
-    monkeypatch.setattr(loop, "MOST_SKIPPED", 2)
+    monkeypatch.setattr(update, "MOST_SKIPPED", 2)
     argv = [*TINY, "--steps", "4", "--compare", "pkd", "--teacher-cache", str(tmp_path), "--on-nan", "skip"]
     assert train.main([*argv, "--output-dir", str(tmp_path / "out")]) == 1
     assert "at step 3" in capsys.readouterr().err.splitlines()[-1]

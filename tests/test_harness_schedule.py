@@ -14,7 +14,7 @@ pytest.importorskip("torchvision")
 from harness_parts import batch, detector
 from runs_parts import TINY, weights
 
-from kdkernels.harness import FrozenTeacher, flags, loop, train
+from kdkernels.harness import FrozenTeacher, flags, loop, train, update
 from kdkernels.harness.distill import Distillation, distilled
 from kdkernels.harness.evaluate import Score
 from kdkernels.harness.progress import Progress
@@ -161,7 +161,7 @@ class Line(nn.Module):
         self.line = nn.Linear(3, 1)
 
     def objective(self, images, targets, index):
-        return loop.Losses({"task/mean": (self.line(images.mean((2, 3))) - 1).square().mean()})
+        return update.Losses({"task/mean": (self.line(images.mean((2, 3))) - 1).square().mean()})
 
 
 class Grey(torch.utils.data.Dataset):

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 import kdkernels as kd
 
-from .loop import Losses, Objective
 from .recipes import Recipe
 from .schedule import kd_weight
 from .settings import KdSettings
 from .step import Step
 from .teacher import FrozenTeacher
+from .update import Losses, Objective
 
 
 class Distilled(NamedTuple):

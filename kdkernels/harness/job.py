@@ -24,13 +24,14 @@ from .ensemble import TeacherEnsemble
 from .evaluate import Evaluator
 from .flags import Options
 from .interrupt import Interruption
-from .loop import Objective, Run, fit
+from .loop import Run, fit
 from .processes import ALONE, Processes, Shared
 from .progress import Progress
 from .recipes import RecipeText, Setup
 from .resume import RunFolder
 from .settings import TrainSettings
 from .teacher import FrozenTeacher
+from .update import Objective
 
 
 class JobError(ValueError):

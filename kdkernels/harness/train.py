@@ -86,7 +86,7 @@ def _go_on(options: flags.Options) -> str:
 def _work(options: flags.Options, interruption: Any, processes: Any) -> int:
     from .data import DataError
     from .job import Job, JobError
-    from .loop import TrainingError
+    from .update import TrainingError
 
     begin = time.perf_counter()
     try:
