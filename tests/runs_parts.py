@@ -86,6 +86,14 @@ def child(argv: list[str], how: str, after: float) -> None:
     os._exit(code)
 
 
+def leader(argv: list[str]) -> None:
+    """A run in a process group of its own."""
+    from kdkernels.harness import train
+
+    os.setsid()
+    os._exit(train.main(argv))
+
+
 def moments(count: int, longest: float, seed: int) -> list[tuple[str, float]]:
     """Random ways and times to die."""
     draw = random.Random(seed)

@@ -19,7 +19,7 @@ pytest.importorskip("torchvision")
 pytest.importorskip("matplotlib")
 pytest.importorskip("safetensors")
 
-from runs_parts import COMPARE, ROWS, TINY, child, moments, processes_context, steps, weights
+from runs_parts import COMPARE, ROWS, TINY, child, leader, moments, processes_context, steps, weights
 
 from kdkernels.harness import checkpoint, evaluate, progress, train, update
 from kdkernels.harness.checkpoint import Checkpoints
@@ -216,6 +216,45 @@ def test_random_states_come_back_from_a_file(tmp_path):
     set_random_state(torch.load(tmp_path / "state.pt", weights_only=True))
     again = (torch.rand(3), np.random.rand(3), random.random(), random.gauss(0, 1))
     assert torch.equal(first[0], again[0]) and (first[1] == again[1]).all() and first[2:] == again[2:]
+
+
+def test_a_folder_in_use_is_refused(tmp_path, monkeypatch, capsys):
+    fcntl = pytest.importorskip("fcntl")
+    out = stopped(tmp_path, monkeypatch)
+    with (out / "checkpoints" / "lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert train.main(["--resume", str(out)]) == 2
+        assert "is being written by another process" in capsys.readouterr().err.splitlines()[-1]
+    assert train.main(["--resume", str(out)]) == 0
+
+
+def test_a_full_disk_costs_checkpoints_and_not_the_training(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Checkpoints, "save", full)
+    argv = [*TINY, "--steps", "2", "--compare", "none", "--teacher-cache", str(tmp_path)]
+    assert train.main([*argv, "--output-dir", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().err
+    assert "warning: none: no checkpoint of step 2 could be written: [Errno 28]" in said
+
+
+@pytest.mark.slow
+def test_a_signal_to_all_processes_of_a_job_leaves_the_readers_alive(tmp_path):
+    """As batch systems send it; workers that died of it would end the run without a checkpoint."""
+    out = tmp_path / "out"
+    argv = [*TINY, "--steps", "4", "--compare", "none", "--workers", "2", "--accum-steps", "4"]
+    argv += ["--teacher-cache", str(tmp_path / "cache"), "--output-dir", str(out)]
+    process = processes_context().Process(target=leader, args=(argv,))
+    process.start()
+    end = time.monotonic() + 100
+    metrics = out / "metrics.jsonl"
+    while time.monotonic() < end and not (metrics.exists() and '"none"' in metrics.read_text()):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    process.join(100)
+    assert process.exitcode == 143
+    assert train.main(["--resume", str(out)]) == 0
 
 
 # --- losses that are not finite

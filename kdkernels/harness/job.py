@@ -284,6 +284,8 @@ class Job:
             "teachers": [str(path) for path in options.teachers],
             "student": options.model,
             "training": asdict(options.training),
+            "kd": asdict(options.kd),
+            "processes": self.processes.count,
             "teacher_steps": options.teacher_steps,
             "recipes": [{"text": recipe.text, "options": asdict(recipe.options)} for recipe in options.recipes],
             "inherit": list(options.inherit),

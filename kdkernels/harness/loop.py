@@ -23,7 +23,9 @@ from .processes import ALONE, Processes
 from .progress import Progress, Task
 from .settings import TrainSettings, Upkeep
 from .state import State, seed_all
-from .update import Objective, Told, Updates
+from .update import Losses, Objective, Told, TrainingError, Updates
+
+__all__ = ["Losses", "Objective", "Run", "TrainingError", "fit", "slowed"]
 
 
 @dataclass
@@ -125,8 +127,12 @@ def fit(
     def save(step: int, *, finished: bool = False) -> None:
         content = state.content(asdict(run), finished=finished)
         if checkpoints is not None and processes.first:
-            progress.sync()
-            checkpoints.save(step, content)
+            try:
+                progress.sync()
+                checkpoints.save(step, content)
+            except (OSError, RuntimeError) as error:  # a full disk: the training is worth more than its checkpoint
+                reason = str(error).splitlines()[0]
+                progress.say(f"warning: {name}: no checkpoint of step {step} could be written: {reason}")
 
     def evaluate(step: int, task: Task) -> None:
         if processes.first:

@@ -43,6 +43,7 @@ class RunFolder:
         self, output: Path, made_of: Mapping[str, Any], argv: Sequence[str], *, resume: bool, first: bool = True
     ) -> None:
         self.folder, self.first = output / FOLDER, first
+        self._lock: Any = None
         made_of = json.loads(json.dumps(made_of))
         self.content: dict[str, Any] = {"format": FORMAT, "argv": list(argv), "made_of": made_of, "decided": {}}
         if resume:
@@ -52,9 +53,11 @@ class RunFolder:
                 raise ResumeError(f"{output} holds another run: {'; '.join(changed[:5])}")
             self.content["decided"] = found["decided"]
             if first:
+                self._take()
                 self._tidy(output)
         elif first:
             self.folder.mkdir(parents=True)
+            self._take()
         self._write()
 
     def checkpoints(self, name: str, steps: int, say: Callable[[str], None]) -> Checkpoints:
@@ -78,6 +81,27 @@ class RunFolder:
             # First what makes it a run to go on with.
             (self.folder / FILE).unlink(missing_ok=True)
             shutil.rmtree(self.folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """Leave the folder to whoever goes on with it."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _take(self) -> None:
+        """A process that was given up for dead and one that goes on for it must not write the same files."""
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        self._lock = (self.folder / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise ResumeError(f"{self.folder.parent} is being written by another process") from None
+        except OSError:  # a file system without locks
+            pass
 
     def _tidy(self, output: Path) -> None:
         """Remove what a killed process has left half written."""

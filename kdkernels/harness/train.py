@@ -118,9 +118,10 @@ def _work(options: flags.Options, interruption: Any, processes: Any) -> int:
                 compare(job, begin)
             else:
                 run(job, begin)
+            folder.finish()
         finally:
             progress.close()
-        folder.finish()
+            folder.close()
     except DataError as error:
         return _refused(f"argument --data-path: {error}")
     except JobError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,7 +51,8 @@ def training_batches(
     # The loader draws its workers' base seed from this generator; without one it would move the global state.
     seeds = torch.Generator().manual_seed(seed)
     drawn = _Drawn(pictures, seed)
-    loader = DataLoader(drawn, batch_size, sampler=sampler, num_workers=workers, collate_fn=collate, generator=seeds)
+    how = {"num_workers": workers, "collate_fn": collate, "worker_init_fn": _undisturbed}
+    loader = DataLoader(drawn, batch_size, sampler=sampler, generator=seeds, **how)
     return _counted(iter(loader), pictures)
 
 
@@ -62,7 +64,15 @@ def evaluation_batches(
     One that cannot be decoded is a grey picture without objects whose target has ``undecodable`` True.
     """
     once = _Once(pictures, len(pictures) if limit is None else min(limit, len(pictures)))
-    return _counted(iter(DataLoader(once, batch_size, num_workers=workers, collate_fn=collate)), pictures)
+    loader = DataLoader(once, batch_size, num_workers=workers, collate_fn=collate, worker_init_fn=_undisturbed)
+    return _counted(iter(loader), pictures)
+
+
+def _undisturbed(worker: int) -> None:
+    """Batch systems send SIGTERM to every process of a job: the workers still read what the parent's last step needs,
+    and end with it.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _counted(batches: Iterator[Batch], pictures: Any) -> Iterator[Batch]:
