@@ -220,7 +220,7 @@ def test_a_second_batch_without_labels_is_taught_by_the_teacher(scene_batch):
     recipe = parse("soft-labels").build(Setup(student, teacher, unlabeled=True))
     distillation = Distillation([recipe], FrozenTeacher(teacher), base_size=16, limit=16)
     asked = []
-    objective = distilled(student, distillation, unlabeled=lambda: asked.append(1) or images)
+    objective = distilled(student, distillation, unlabeled=lambda index: asked.append(index) or images)
     losses, told, *_ = objective(images, targets, 0)
     assert len(asked) == 1 and len(losses) == 5
     assert {name.rpartition("/")[2] for name in told} == {

@@ -84,9 +84,8 @@ def test_recipes_add_up_and_everything_is_recorded(tmp_path, capsys):
     costs = {entry["detector"]: entry for entry in records(out, "cost")}
     assert costs["student"]["parameters"] < costs["teacher"]["parameters"] and costs["student"]["gflops"] > 0
     assert "GFLOPs" in capsys.readouterr().out
-    again = run(
-        tmp_path / "again", *MODELS["faster_rcnn"], "--weights", out / "distilled.safetensors", "--compare", "none"
-    )
+    taken = ["--weights", out / "students" / "distilled.safetensors", "--compare", "none"]
+    again = run(tmp_path / "again", *MODELS["faster_rcnn"], *taken)
     assert len(records(again, "result")) == 1, "what a run leaves, the next one takes"
 
 
@@ -96,7 +95,7 @@ def test_frozen_parts_are_those_of_the_teacher_and_the_control_has_none(tmp_path
     out = run(tmp_path, *MODELS["faster_rcnn"], *argv)
     torch.manual_seed(0)
     start = load_model(MODELS["faster_rcnn"][1], classes=10, image_size=64).state_dict()
-    alone, distilled = (load_file(out / f"{name}.safetensors") for name in ("alone", "distilled"))
+    alone, distilled = (load_file(out / "students" / f"{name}.safetensors") for name in ("alone", "distilled"))
     narrow, wide = "model.backbone.fpn.inner_blocks.0.0.weight", "model.backbone.fpn.layer_blocks.0.0.weight"
     assert not torch.equal(alone[narrow], start[narrow]) and not torch.equal(alone[wide], start[wide])
     assert not torch.equal(distilled[narrow], start[narrow]), "of another shape than the teacher's: it learns"
@@ -105,9 +104,11 @@ def test_frozen_parts_are_those_of_the_teacher_and_the_control_has_none(tmp_path
 
 
 def test_pictures_without_labels_are_a_second_batch(tmp_path, capsys):
-    root = folder_of(tmp_path, "coco")
-    (root / "train2017" / "broken.png").write_bytes((root / "train2017").glob("*.png").__next__().read_bytes()[:200])
-    argv = ["--recipe", "soft-labels", "--unlabeled-path", root / "train2017"]
+    good = next((folder_of(tmp_path, "coco") / "train2017").glob("*.png")).read_bytes()
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "good.png").write_bytes(good)
+    (tmp_path / "more" / "broken.png").write_bytes(good[: len(good) // 2])
+    argv = ["--recipe", "soft-labels", "--unlabeled-path", tmp_path / "more"]
     out = run(tmp_path, *MODELS["faster_rcnn"], *argv)
     assert "distill/soft-labels/rpn_classes" in terms(out)
     assert "broken.png" in capsys.readouterr().err
@@ -128,7 +129,7 @@ def test_a_comparison_has_a_row_for_each_text(tmp_path, capsys):
     with (out / "compare.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["run"] for row in rows] == ["teacher", *texts, "inherit=fpn+freeze=fpn"]
-    assert rows[3]["recipe"] == "mimic+hinton" and rows[-1]["recipe"] == "none" and rows[-1]["inherit"] == "fpn"
+    assert [row["row"] for row in rows[1:]] == [row["run"] for row in rows[1:]]
     printed = capsys.readouterr().out
     assert (out / "compare.md").read_text() in printed + "\n" and "| pkd | `pkd` |" in printed
 
@@ -203,13 +204,13 @@ def test_each_kind_of_detector_is_distilled(tmp_path, kind):
     recipes = ["defeat:adapter=true", "cwd", "hinton", "tadf:adapter=true"]
     out = run(tmp_path, *MODELS[kind], *(x for recipe in recipes for x in ("--recipe", recipe)))
     assert {name.split("/")[1] for name in terms(out)} == {"defeat", "cwd", "hinton", "tadf"}
-    assert (out / "distilled.adapters.safetensors").exists()
+    assert (out / "students" / "distilled.adapters.safetensors").exists()
 
 
 @pytest.mark.slow
 def test_teachers_of_another_kind_from_checkpoints_in_bfloat16(tmp_path):
     first = run(tmp_path / "first", *MODELS["retinanet"])
-    weights = load_file(first / "alone.safetensors")
+    weights = load_file(first / "students" / "alone.safetensors")
     paths = []
     for name in ("a", "b"):
         paths += ["--teacher", str(tmp_path / f"{name}.pth")]

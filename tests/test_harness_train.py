@@ -14,11 +14,10 @@ pytest.importorskip("matplotlib")
 
 from harness_parts import SMALL
 
-from kdkernels.harness import data, flags, loop, train
+from kdkernels.harness import data, flags, loop, schedule, train
 from kdkernels.harness.settings import TrainSettings
 
-FILES = {"metrics.jsonl", "curves.png", "detections.png", "alone.safetensors"}
-FILES |= {"alone-equal-time.safetensors", "distilled.safetensors"}
+FILES = {"metrics.jsonl", "curves.png", "detections.png", "students"}
 ROWS = ["teacher", "alone", "alone, equal time", "distilled"]
 
 
@@ -191,6 +190,6 @@ def test_steps_that_become_much_slower_are_noticed():
 
 def test_learning_rate_warms_up_and_ends_low():
     settings = TrainSettings(steps=250)
-    factors = [loop.learning_rate(step, settings) for step in range(250)]
+    factors = [schedule.learning_rate(step, settings) for step in range(250)]
     assert factors[0] == pytest.approx(1 / 30) and factors[29] == factors[30] == pytest.approx(1)
     assert factors[-1] == pytest.approx(0.02, abs=1e-3) and factors[30:] == sorted(factors[30:], reverse=True)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .export import FOLDER
 from .recipes import RecipeText, parse
 
 COMPARE = (
@@ -141,25 +142,37 @@ def run(job: Any, begin: float) -> None:
         student = job.student(row.title, job.options.training.steps, teacher, row.recipes, **how)
         lines.append(_line(row.title, student.run, row))
         job.progress.record(kind="result", pictures=len(job.val), **lines[-1])
+        if not job.processes.first:
+            continue
         write(job.options.output_dir, lines)  # after each row: a run that is stopped leaves what it has
     seconds = time.perf_counter() - begin
     job.progress.record(kind="end", seconds=seconds)
+    if not job.processes.first:
+        return
     print(table(lines))
     print(f"\nScored on {len(job.val)} pictures, with one seed: repeat with other --seed values before you believe a")
-    print(f"difference. {seconds:.0f} s in all. In {job.options.output_dir}: metrics.jsonl, compare.csv, compare.md")
+    print(f"difference. {seconds:.0f} s in all. In {job.options.output_dir}: metrics.jsonl, compare.csv, compare.md,")
+    print(f"{FOLDER}/*.safetensors")
 
 
 def _line(title: str, run: Any, row: Row | None) -> dict[str, Any]:
     return {
         "run": title,
-        "recipe": "+".join(recipe.text for recipe in row.recipes) or "none" if row else "",
-        "inherit": "/".join(row.inherit) if row else "",
+        "row": _text(row) if row else "",
         "seed": run.seed,
         "steps": run.steps,
         "seconds": run.seconds,
         "ms_per_step": 1000 * run.median_step,
         **run.score._asdict(),
     }
+
+
+def _text(row: Row) -> str:
+    """What ``--compare`` takes for the row."""
+    parts = [recipe.text for recipe in row.recipes] or ["none"] * (not row.inherit and not row.freeze)
+    for key, names in (("inherit", row.inherit), ("freeze", row.freeze)):
+        parts += [f"{key}={'/'.join(names)}"] * bool(names)
+    return "+".join(parts)
 
 
 def write(folder: Path, lines: list[dict[str, Any]]) -> None:
@@ -173,9 +186,9 @@ def write(folder: Path, lines: list[dict[str, Any]]) -> None:
 
 def table(lines: list[dict[str, Any]]) -> str:
     """The table as Markdown."""
-    head = "| row | recipe | steps | s | mAP | AP50 | AP75 |\n| --- | --- | ---: | ---: | ---: | ---: | ---: |"
+    head = "| title | row | steps | s | mAP | AP50 | AP75 |\n| --- | --- | ---: | ---: | ---: | ---: | ---: |"
     body = [
-        f"| {x['run']} | {_code(x['recipe'])} | {x['steps']} | {x['seconds']:.0f} "
+        f"| {x['run']} | {_code(x['row'])} | {x['steps']} | {x['seconds']:.0f} "
         f"| {x['mean_ap']:.3f} | {x['ap50']:.3f} | {x['ap75']:.3f} |"
         for x in lines
     ]

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 import kdkernels as kd
 
-from .loop import Losses, Objective
 from .recipes import Recipe
+from .schedule import kd_weight
+from .settings import KdSettings
 from .step import Step
 from .teacher import FrozenTeacher
+from .update import Losses, Objective
 
 
 class Distilled(NamedTuple):
@@ -49,6 +51,9 @@ class Distillation(nn.Module):
         limit: at most so many proposals of a picture.
         steps, epoch_steps: of the whole run, and of one round through the pictures.
         compile: whether the objectives are compiled, each as one graph.
+        schedule: when distillation counts; a weight that changes reaches the objectives as tensors, whose graph stays.
+        process_group: of data-parallel ranks: the objectives' statistics and divisors become those of the joined batch.
+            Terms that are no part of an objective, and sums whose rows a recipe weighs, are means over the ranks.
 
     Raises:
         ValueError: no recipe.
@@ -64,13 +69,15 @@ class Distillation(nn.Module):
         steps: int = 1,
         epoch_steps: int = 1,
         compile: bool = False,
+        schedule: KdSettings = KdSettings(),  # noqa: B008 - frozen
+        process_group: Any = None,
     ) -> None:
         super().__init__()
         if not recipes:
             raise ValueError("recipes: expected at least one")
         self.recipes, self.teacher = nn.ModuleList(recipes), teacher
         self.base_size, self.limit, self.steps, self.epoch_steps = base_size, limit, steps, epoch_steps
-        self.compile = compile
+        self.compile, self.schedule, self.process_group = compile, schedule, process_group
         names = [recipe.name for recipe in recipes]
         self.labels = [n if names.count(n) == 1 else f"{n}-{names[: i + 1].count(n)}" for i, n in enumerate(names)]
         self.needs_stages = any(recipe.needs_stages for recipe in recipes)
@@ -112,8 +119,9 @@ class Distillation(nn.Module):
         calls, terms = [], {}
         exclusive = {label for label, r in zip(self.labels, self.recipes, strict=True) if r.exclusive(step)}
         total = torch.zeros((), device=step.images.device)
+        scheduled = self.weight(step.index)
         for label, recipe in zip(self.labels, self.recipes, strict=True):
-            factor = recipe.factor(step)
+            factor = scheduled and scheduled * recipe.factor(step)
             if factor == 0 or (step.unlabeled and not recipe.needs_unlabeled) or (exclusive and label not in exclusive):
                 continue
             if recipe.terms:
@@ -128,13 +136,26 @@ class Distillation(nn.Module):
             owner = {term: call.label for call in group for term in call.terms}
             result = self._objective(group, norms)(
                 **{key: value for call in group for key, value in call.inputs.items()},
-                loss_weights=_weights(group, step.images.device),
+                loss_weights=self._weights(group, step.images.device),
             )
             total = total + result.total
             terms |= {f"{owner[name]}/{name}": value for name, value in result.terms.items()}
             details |= {f"{owner[name.partition('/')[0]]}/{name}": value for name, value in result.details.items()}
             found |= {f"{owner[name.partition('/')[0]]}/{name}": x for name, x in result.gradient_norms.items()}
         return Distilled(total, terms, details, found)
+
+    def weight(self, index: int) -> float:
+        """The factor on everything at step ``index``."""
+        return kd_weight(index, self.schedule)
+
+    @property
+    def generators(self) -> dict[str, torch.Generator]:
+        """What the recipes draw from, by name."""
+        return {
+            f"{label}/{name}": generator
+            for label, recipe in zip(self.labels, self.recipes, strict=True)
+            for name, generator in recipe.generators.items()
+        }
 
     def task_weight(self, loss: str, step: Step) -> float:
         """What a loss of the detector's own is multiplied by."""
@@ -143,14 +164,31 @@ class Distillation(nn.Module):
             weight *= recipe.task_weight(loss, step)
         return weight
 
+    def _weights(self, group: list[Call], device: torch.device) -> dict[str, Tensor] | None:
+        """What the configured weights become at this step. On the device, so that a compiled graph stays the same; and,
+        where they change from step to step, always, as a graph without them is another.
+        """
+        ranks = 1 if self.process_group is None else torch.distributed.get_world_size(self.process_group)
+        always = self.schedule != KdSettings()
+        found = {}
+        for call in group:
+            for name, keywords in call.terms.items():
+                # The rows of a sum have weights that a recipe made of its own rank's rows: their mean over the ranks.
+                factor = call.factor / ranks if keywords.get("reduction") == "sum" else call.factor
+                if always or factor != 1:
+                    found[name] = torch.tensor(factor * keywords.get("loss_weight", 1.0), device=device)
+        return found or None
+
     def _objective(self, group: list[Call], norms: bool) -> Callable[..., kd.DistillationResult]:
         key = tuple(f"{call.label}/{term}" for call in group for term in call.terms)
         if key not in self._objectives:
             config = {name: keywords for call in group for name, keywords in call.terms.items()}
             device = next(x.device for x in _tensors(group[0].inputs))
-            objective = kd.DetectionDistillationLoss(**config).to(device)
+            objective = kd.DetectionDistillationLoss(process_group=self.process_group, **config).to(device)
             self._objectives[key] = objective
-            self._called[key] = torch.compile(objective, fullgraph=True) if self.compile else objective
+            # What ranks tell each other is no part of a graph.
+            compiled = self.compile and self.process_group is None
+            self._called[key] = torch.compile(objective, fullgraph=True) if compiled else objective
         self._objectives[key].gradient_norms = norms
         return self._called[key]
 
@@ -185,29 +223,18 @@ def apart(call: Call) -> list[Call]:
     return [call._replace(terms={name: keywords}) for name, keywords in call.terms.items()]
 
 
-def _weights(group: list[Call], device: torch.device) -> dict[str, Tensor] | None:
-    """What the configured weights become at this step. On the device, so that a compiled graph stays the same."""
-    changed = {
-        name: torch.tensor(call.factor * keywords.get("loss_weight", 1.0), device=device)
-        for call in group
-        if call.factor != 1
-        for name, keywords in call.terms.items()
-    }
-    return changed or None
-
-
 def _tensors(inputs: Mapping[str, Any]) -> list[Tensor]:
     return [x for x in torch.utils._pytree.tree_leaves(list(inputs.values())) if isinstance(x, Tensor)]
 
 
 def distilled(
-    student: Any, distillation: Distillation, *, norms_every: int = 0, unlabeled: Callable[[], Tensor] | None = None
+    student: Any, distillation: Distillation, *, norms_every: int = 0, unlabeled: Callable[[int], Tensor] | None = None
 ) -> Objective:
     """The objective of a distilled student: its own losses and the recipes', from features computed once.
 
     Args:
         norms_every: every so many steps the gradient norms at the features are recorded; 0: never.
-        unlabeled: gives a batch of pictures without ground truth, for recipes that ask for one.
+        unlabeled: gives a step's batch of pictures without ground truth, for recipes that ask for one.
     """
 
     def objective(images: Tensor, targets: list[dict], index: int) -> Losses:
@@ -223,8 +250,8 @@ def distilled(
                 losses[f"task/{name}"] = value if weight == 1 else weight * value
         found = distillation(step, norms=norms)
         total, terms = found.total, found.terms
-        if unlabeled is not None and distillation.needs_unlabeled:
-            pictures = unlabeled()
+        if unlabeled is not None and distillation.needs_unlabeled and distillation.weight(index):
+            pictures = unlabeled(index)
             nothing = [_nothing(pictures.device) for _ in pictures]
             more = distillation(distillation.step(student, pictures, nothing, index, unlabeled=True))
             total, terms = total + more.total, terms | more.terms

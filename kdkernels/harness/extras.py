@@ -14,6 +14,7 @@ NEEDED = {
     "PIL": "reading pictures",
     "sklearn": "the scenes",
     "matplotlib": "the pictures of a run",
+    "safetensors": "the students' weights",
 }
 
 

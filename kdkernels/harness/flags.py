@@ -1,196 +1,50 @@
-"""The flags of ``python -m kdkernels train``, their checks, and what they are turned into.
+"""What the flags of ``python -m kdkernels train`` are turned into, and their checks.
 
-Names are those of torchvision's references/detection where it has them. Every refusal goes through ``parser.error``: a
-message that names the flag, and exit code 2.
+Every refusal goes through ``parser.error``: a message that names the flag, and exit code 2.
 """
 
 from __future__ import annotations
 
 import argparse
-import textwrap
-from dataclasses import dataclass, replace
+import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from .cache import default_folder
-from .compare import COMPARE, Row, rows
-from .recipes import PRESETS, RECIPES, RecipeText, described
+from . import processes, resume
+from .command_line import parser
+from .compare import Row, rows
+from .options import Lengths, Options
+from .published import SCHEDULES
+from .recipes import RECIPES, RecipeText
 from .recipes import parse as parse_recipe
-from .settings import SceneSettings, TrainSettings
+from .schedule import Length
+from .settings import KdSettings, SceneSettings, TrainSettings, Upkeep
 
-EPILOG = """\
-With no argument: composes 1,500 small scenes from the digits and photographs of scikit-learn, trains a teacher and
-three students (distilled, alone at equal steps, alone at equal time), and takes about four minutes on two idle cores,
-or three when the teacher is kept from before. Writes metrics.jsonl, curves.png, detections.png and the students'
-weights to the output folder, and prints the table.
-
-Everything is seeded; other seeds need another --seed, and one seed says little.
-
-recipes and their keys:
-{recipes}
-"""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a run does, checked."""
-
-    data_path: list[Path]
-    splits: tuple[str, str]
-    on_bad: str
-    hflip: float
-    unlabeled_path: Path | None
-    output_dir: Path
-    teacher_cache: Path
-    image_size: int
-    max_size: int | None
-    scenes: SceneSettings
-    model: str
-    weights: Path | None
-    teacher_model: str
-    teachers: list[Path]
-    teacher_dtype: str
-    student_scale: float
-    training: TrainSettings
-    teacher_steps: int
-    recipes: list[RecipeText]
-    compare: list[Row]
-    inherit: tuple[str, ...]
-    freeze: tuple[str, ...]
-    proposals: int
-    base_size: float | None
-    compile: bool
-    grad_report_every: int
-    eval_train: int
-    voc_ap: bool
-    device: str
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    listed = "\n".join(
-        textwrap.fill(f"{name}: {described(kind)}", 118, initial_indent="  ", subsequent_indent="    ")
-        for name, kind in RECIPES.items()
-    )
-    line = argparse.ArgumentParser(
-        prog="kdkernels train",
-        description="Distil a detector from a larger one, and compare it with the same student alone.",
-        epilog=EPILOG.format(recipes=listed),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = line.add_argument_group("data").add_argument
-    add(
-        "--data-path",
-        metavar="DIR",
-        action="append",
-        default=[],
-        help="folder in COCO's form, VOC's or ILSVRC's; repeatable: the folders are joined (default: scenes)",
-    )
-    add("--splits", metavar="TRAIN,VAL", default="train,val", help="as the folders name them (default: %(default)s)")
-    add(
-        "--on-bad",
-        choices=("skip", "refuse"),
-        default="skip",
-        help="what becomes of broken files and boxes: left out and counted, or the end (default: %(default)s)",
-    )
-    add("--hflip-prob", type=float, default=0.5, help="how often training mirrors a picture (default: %(default)s)")
-    add("--unlabeled-path", metavar="DIR", help="pictures without ground truth, for recipes that take them")
-    size = "side of the pictures, a multiple of 32 pixels; anchors and mask levels scale with it (default: %(default)s)"
-    add("--image-size", type=int, default=160, help=size)
-    add(
-        "--max-size",
-        type=int,
-        metavar="PIXELS",
-        help="scale the shorter side to --image-size and the longer one to this at most, and pad (default: squares)",
-    )
-    add = line.add_argument_group("detectors").add_argument
-    kinds = "KIND[:key=value,...] (faster_rcnn, retinanet, fcos, ssdlite), or package.module:function for your own"
-    add("--model", default="faster_rcnn:width=0.25", help=f"the student: {kinds} (default: %(default)s)")
-    add("--weights", metavar="FILE", help="a checkpoint that students start from")
-    add("--teacher-model", default="faster_rcnn:width=0.5", help="the teacher, likewise (default: %(default)s)")
-    add(
-        "--teacher",
-        metavar="FILE",
-        action="append",
-        default=[],
-        help="a trained teacher's checkpoint; repeatable: the mean of them teaches (default: one is trained)",
-    )
-    add(
-        "--teacher-dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="what the teacher computes in (default: %(default)s)",
-    )
-    add("--teacher-steps", type=int, default=400, help="steps of the teacher (default: %(default)s)")
-    folder = str(default_folder())
-    add("--teacher-cache", metavar="DIR", default=folder, help="folder of trained teachers (default: %(default)s)")
-    add(
-        "--student-scale",
-        type=float,
-        default=1.0,
-        help="size of the student's pictures, in whose pixels its anchors are (default: 1)",
-    )
-    add("--inherit", metavar="PARTS", default="", help="parts that begin as the teacher's: fpn,rpn,roi_heads")
-    add("--freeze", metavar="PARTS", default="", help="parts that are not trained")
-    add = line.add_argument_group("distillation").add_argument
-    add(
-        "--recipe",
-        metavar="NAME[:key=value,...]",
-        action="append",
-        default=[],
-        help="repeatable, and added up; see below (default: combined)",
-    )
-    add(
-        "--preset",
-        choices=PRESETS,
-        help="the weights that keys change: the papers', or those for small scenes (default: scenes if no --data-path)",
-    )
-    add("--compare", metavar="RECIPE", nargs="+", default=[], help=COMPARE)
-    add(
-        "--proposals",
-        type=int,
-        default=64,
-        help="of a picture in the heads' terms, at most (default: %(default)s)",
-    )
-    add(
-        "--base-size",
-        type=float,
-        help="boxes below twice this many pixels mark the finest level (default: by size)",
-    )
-    add(
-        "--grad-report-every",
-        type=int,
-        default=0,
-        metavar="STEPS",
-        help="record the gradient norm of each term at the features every so many steps (default: never)",
-    )
-    add = line.add_argument_group("training").add_argument
-    add("--steps", type=int, default=250, help="steps of a student (default: %(default)s)")
-    add("-b", "--batch-size", type=int, default=8, help="pictures of a step (default: %(default)s)")
-    add("--lr", type=float, default=2e-3, help="highest learning rate of AdamW (default: %(default)s)")
-    add("--wd", "--weight-decay", type=float, default=1e-4, help="weight decay (default: %(default)s)")
-    add("--seed", type=int, default=0, help="seeds scenes, weights and order (default: %(default)s)")
-    add("--compile", action="store_true", help="compile backbone and pyramid, and the distillation losses")
-    add("-j", "--workers", type=int, default=0, help="processes that read pictures (default: %(default)s)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
-    add = line.add_argument_group("what comes out").add_argument
-    add("--output-dir", metavar="DIR", help="results, a new or empty folder (default: a new one in kdkernels-runs)")
-    add(
-        "--eval-train",
-        type=int,
-        default=0,
-        metavar="PICTURES",
-        help="score on so many training pictures too",
-    )
-    add("--voc-ap", action="store_true", help="score by VOC's own average precision too")
-    add("--quick", action="store_true", help="a few steps on a few scenes, to see that everything works")
-    return line
+__all__ = ["Options", "parse", "parser"]
 
 
 def parse(line: argparse.ArgumentParser, argv: list[str]) -> Options:
     """Parse and check ``argv``; SystemExit with code 2 and a message that names the flag where it is bad."""
     args = line.parse_args(argv)
+    stored: list[str] = []
+    if args.resume is not None:
+        try:
+            stored = resume.read(Path(args.resume))["argv"]
+        except ValueError as error:
+            line.error(f"argument --resume: {error}")
+        args = _joined(line, stored, argv)
+        args.output_dir = args.resume
+    given = {**_explicit(stored), **_explicit(argv)}
+    if args.schedule is not None:
+        for name, value in SCHEDULES[args.schedule].items():
+            # Steps that are given are instead of its epochs, as a whole recipe is instead of its own.
+            if name not in given and not (name == "epochs" and "steps" in given):
+                setattr(args, name, value)
+    if "steps" in given and "epochs" in given:
+        line.error("argument --epochs: --steps says the same thing; give one of them")
     for flag, value, least in (
         ("--steps", args.steps, 1),
         ("--teacher-steps", args.teacher_steps, 1),
@@ -200,15 +54,33 @@ def parse(line: argparse.ArgumentParser, argv: list[str]) -> Options:
         ("--proposals", args.proposals, 1),
         ("--grad-report-every", args.grad_report_every, 0),
         ("--eval-train", args.eval_train, 0),
+        ("--epochs", args.epochs, 1),
+        ("--accum-steps", args.accum_steps, 1),
+        ("--lr-warmup-steps", args.lr_warmup_steps, 0),
+        ("--checkpoint-every", args.checkpoint_every, 0),
+        ("--print-freq", args.print_freq, 1),
     ):
-        if value < least:
+        if value is not None and value < least:
             line.error(f"argument {flag}: must be at least {least}, got {value}")
     if args.seed >= 2**63:
         line.error(f"argument --seed: must be below 2^63, got {args.seed}")
     if not 0 < args.lr < float("inf"):
         line.error(f"argument --lr: must be a positive number, got {args.lr}")
-    if not 0 <= args.wd < float("inf"):
-        line.error(f"argument --wd: must be a number of at least 0, got {args.wd}")
+    for flag, value, most in (
+        ("--wd", args.wd, math.inf),
+        ("--norm-weight-decay", args.norm_weight_decay, math.inf),
+        ("--clip-grad-norm", args.clip_grad_norm, math.inf),
+        ("--momentum", args.momentum, 1),
+        ("--lr-gamma", args.lr_gamma, math.inf),
+        ("--lr-warmup-decay", args.lr_warmup_decay, 1),
+        ("--dist-timeout", args.dist_timeout, math.inf),
+    ):
+        if value is not None and not 0 <= value < most:
+            line.error(f"argument {flag}: must be a number of at least 0{_below(most)}, got {value}")
+    if args.test_only and args.weights is None:
+        line.error("argument --test-only: needs --weights, the student that is scored")
+    if processes.asked_for()[1] > 1 and args.grad_report_every:
+        line.error("argument --grad-report-every: is of one process")
     if not 0 <= args.hflip_prob <= 1:
         line.error(f"argument --hflip-prob: must be in [0, 1], got {args.hflip_prob}")
     if not 64 <= args.image_size <= 4096 or args.image_size % 32:
@@ -236,12 +108,30 @@ def parse(line: argparse.ArgumentParser, argv: list[str]) -> Options:
         weight_decay=args.wd,
         seed=args.seed,
         workers=args.workers,
+        optimizer=args.opt,
+        momentum=args.momentum,
+        norm_weight_decay=args.norm_weight_decay,
+        warmup=args.lr_warmup_steps,
+        warmup_factor=args.lr_warmup_decay,
+        scheduler=args.lr_scheduler,
+        lr_gamma=args.lr_gamma,
+        clip=args.clip_grad_norm,
+        amp=args.amp,
+        accumulate=args.accum_steps,
     )
+    try:
+        lr_steps = tuple(Length.parse(text, epochs=True) for text in args.lr_steps)
+    except ValueError as error:
+        line.error(f"argument --lr-steps: {error}")
+    lengths = Lengths(args.epochs, lr_steps, args.kd_start, args.kd_stop, args.kd_warmup)
     teacher_steps = args.teacher_steps
     if args.quick:
         scenes = replace(scenes, train=24, val=8)
         training = replace(training, steps=min(args.steps, 4), batch_size=min(args.batch_size, 4), evaluations=2)
         teacher_steps = min(teacher_steps, 6)
+        lengths = lengths._replace(epochs=None)
+    device = _device(line, args.device)
+    _check_amp(line, args.amp, device)
     if args.compare and (args.recipe or args.inherit or args.freeze):
         line.error("argument --compare: does not go with --recipe, --inherit and --freeze; write them into the rows")
     preset = args.preset or ("published" if data_path else "scenes")
@@ -281,8 +171,37 @@ def parse(line: argparse.ArgumentParser, argv: list[str]) -> Options:
         grad_report_every=args.grad_report_every,
         eval_train=args.eval_train,
         voc_ap=args.voc_ap,
-        device=_device(line, args.device),
+        device=device,
+        kd=KdSettings(),
+        lengths=lengths,
+        upkeep=Upkeep(args.checkpoint_every, args.on_nan, args.print_freq),
+        test_only=args.test_only,
+        resume=args.resume is not None,
+        dist_timeout=args.dist_timeout,
+        argv=tuple(stored if args.resume is not None else argv),
     )
+
+
+def _explicit(argv: list[str]) -> dict[str, Any]:
+    """The flags that a command line gives."""
+    line = parser()
+    for action in line._actions:
+        action.default = argparse.SUPPRESS
+    return vars(line.parse_args(argv))
+
+
+def _joined(line: argparse.ArgumentParser, stored: list[str], argv: list[str]) -> argparse.Namespace:
+    """The flags that a run began with, and over them those that it goes on with."""
+    args = line.parse_args(stored)
+    for name, value in _explicit(argv).items():
+        if name == "output_dir" and Path(value).resolve() != Path(_explicit(argv)["resume"]).resolve():
+            line.error(f"argument --output-dir: a run goes on where it is, in --resume; got {value}")
+        setattr(args, name, value)
+    return args
+
+
+def _below(most: float) -> str:
+    return "" if most == math.inf else f" and below {most:g}"
 
 
 def _check_scale(line: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -317,12 +236,20 @@ def _parts(text: str) -> tuple[str, ...]:
 
 def _output_dir(line: argparse.ArgumentParser, args: argparse.Namespace, data_path: list[Path]) -> Path:
     """A folder that holds nothing yet: no run ever overwrites another."""
+    if args.resume is not None:
+        return Path(args.resume)
+    rank, count, _ = processes.asked_for()
+    if count > 1 and args.output_dir is None:
+        line.error("argument --output-dir: several processes need one that is named, or --resume")
     if args.output_dir is not None:
         folder = Path(args.output_dir)
         if folder.exists() and not folder.is_dir():
             line.error(f"argument --output-dir: {folder} is not a folder")
-        if folder.is_dir() and any(folder.iterdir()):
-            line.error(f"argument --output-dir: {folder} is not empty, and nothing is overwritten; name another")
+        if rank == 0 and folder.is_dir() and any(folder.iterdir()):
+            line.error(
+                f"argument --output-dir: {folder} is not empty, and nothing is overwritten; name another, or go on "
+                "with its run by --resume"
+            )
         return folder
     source = data_path[0].resolve().name if data_path else "scenes"
     base = Path("kdkernels-runs") / f"{source}-seed{args.seed}{'-quick' if args.quick else ''}"
@@ -333,9 +260,29 @@ def _output_dir(line: argparse.ArgumentParser, args: argparse.Namespace, data_pa
     return folder
 
 
+def _check_amp(line: argparse.ArgumentParser, amp: str | None, device: str) -> None:
+    """Refuse a type that the device cannot train in, by trying a convolution and its backward."""
+    if amp is None:
+        return
+    try:
+        x, kind = torch.ones(1, 1, 4, 4, device=device), torch.device(device).type
+        weight = torch.ones(1, 1, 3, 3, device=device, requires_grad=True)
+        with torch.autocast(kind, getattr(torch, amp)):
+            found = torch.nn.functional.conv2d(x, weight)
+        scaler = torch.amp.GradScaler(kind, enabled=amp == "float16")
+        scaler.scale(found.float().sum()).backward()
+        if found.dtype != getattr(torch, amp):
+            raise RuntimeError(f"autocast computes in {found.dtype}")
+    except (RuntimeError, ValueError) as error:
+        line.error(f"argument --amp: {amp} cannot be used on {device} here: {str(error).splitlines()[0]}")
+
+
 def _device(line: argparse.ArgumentParser, name: str) -> str:
+    _, count, local = processes.asked_for()
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        if not torch.cuda.is_available():
+            return "cpu"
+        return f"cuda:{local}" if count > 1 else "cuda"
     try:
         device = torch.device(name)
         if device.type == "meta":

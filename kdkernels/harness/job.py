@@ -22,12 +22,17 @@ from .detectors.rescaled import Rescaled
 from .distill import Distillation, alone, distilled
 from .ensemble import TeacherEnsemble
 from .evaluate import Evaluator
+from .export import export
 from .flags import Options
+from .interrupt import Interruption
 from .loop import Run, fit
+from .processes import ALONE, Processes, Shared
 from .progress import Progress
 from .recipes import RecipeText, Setup
-from .report import save
+from .resume import RunFolder
+from .settings import TrainSettings
 from .teacher import FrozenTeacher
+from .update import Objective
 
 
 class JobError(ValueError):
@@ -52,11 +57,25 @@ class Job:
         train, val: pictures.
         identity: what identifies the pictures, for the teacher's key.
         unlabeled: pictures without ground truth, or None.
+        folder: where the trainings' checkpoints go; None: nowhere.
+        interruption: what a step is held whole against.
+        processes: this one among those of the run.
     """
 
     def __init__(
-        self, options: Options, train: Any, val: Any, identity: dict, progress: Progress, unlabeled: Any = None
+        self,
+        options: Options,
+        train: Any,
+        val: Any,
+        identity: dict,
+        progress: Progress,
+        unlabeled: Any = None,
+        *,
+        folder: RunFolder | None = None,
+        interruption: Interruption | None = None,
+        processes: Processes = ALONE,
     ) -> None:
+        self.folder, self.interruption, self.processes = folder, interruption, processes
         self.options, self.train, self.val, self.identity, self.progress = options, train, val, identity, progress
         self.unlabeled = unlabeled
         self.device = torch.device(options.device)
@@ -97,7 +116,7 @@ class Job:
         objective = alone(student) if distillation is None else distilled(student, distillation)
         objective(images, targets, 0)
         if distillation is not None and distillation.needs_unlabeled:
-            pictures = self.unlabeled_batches()()
+            pictures = self.unlabeled_batches()(0)
             nothing = [{**target, "boxes": target["boxes"][:0], "labels": target["labels"][:0]} for target in targets]
             batch = pictures[:count], (nothing * len(pictures))[: len(pictures[:count])]
             distillation(distillation.step(student, *batch, unlabeled=True))
@@ -122,22 +141,54 @@ class Job:
             recipes: none: alone, by the detector's own losses.
             changes: of the options, for this student: ``inherit``, ``freeze``.
         """
-        settings = replace(self.options.training, steps=steps)
+        settings = self.options.training.lasting(steps)
         torch.manual_seed(settings.seed)  # every student starts from the same weights
         student, distillation, inherited = self._started(teacher.detector, recipes, teacher, steps, **changes)
         parts = changes.get("inherit", self.options.inherit)
         if parts:
             count = sum(len(part.state_dict()) for part in (detectors.part_of(student, name) for name in parts))
             self.progress.say(f"{name}: begins with {len(inherited)} of the {count} tensors of {', '.join(parts)}")
+        generators: dict[str, torch.Generator] = {}
         objective, parameters = alone(student), list(student.parameters())
         if distillation is not None:
             unlabeled = self.unlabeled_batches() if distillation.needs_unlabeled else None
             every = self.options.grad_report_every
             objective = distilled(student, distillation, norms_every=every, unlabeled=unlabeled)
             parameters += list(distillation.parameters())
-        run = fit(
+            generators |= distillation.generators
+        run = self._fit(name, student, objective, settings, parameters, distillation, generators)
+        trained = Student(student, run, distillation, inherited)
+        if self.processes.first:
+            export(self.options.output_dir, name, trained)  # now: whatever fails later, it is not lost
+        return trained
+
+    def decide(self, name: str, make: Callable[[], Any]) -> Any:
+        """What ``make`` gives, in JSON's types; a run that goes on keeps to what it was, and so do all processes."""
+        if self.folder is None:
+            return self.processes.told(make())
+        if not self.processes.told(self.folder.decided(name)):
+            value = make()  # all of them: it may need them all
+            self.folder.decide(name, value)
+        return self.processes.told(self.folder.content["decided"].get(name))
+
+    def _fit(
+        self,
+        name: str,
+        detector: nn.Module,
+        objective: Objective,
+        settings: TrainSettings,
+        parameters: list[nn.Parameter],
+        distillation: Distillation | None = None,
+        generators: dict[str, torch.Generator] | None = None,
+    ) -> Run:
+        checkpoints = None
+        if self.folder is not None:
+            checkpoints = self.folder.checkpoints(name, settings.steps, self.progress.say)
+        if self.processes.count > 1:
+            objective = Shared(objective, detector, distillation, self.device)
+        return fit(
             name,
-            student,
+            detector,
             objective,
             self.train,
             settings,
@@ -145,10 +196,13 @@ class Job:
             device=self.device,
             evaluator=self.evaluator,
             progress=self.progress,
+            upkeep=self.options.upkeep,
+            checkpoints=checkpoints,
+            distillation=distillation,
+            generators=generators,
+            interruption=self.interruption,
+            processes=self.processes,
         )
-        trained = Student(student, run, distillation, inherited)
-        save(self.options.output_dir, name, trained)  # now: whatever fails later, it is not lost
-        return trained
 
     def _started(
         self,
@@ -182,8 +236,10 @@ class Job:
             student.features = torch.compile(student.features, fullgraph=True)
         if not recipes:
             return student, None, inherited
-        seed, size = options.training.seed, options.image_size
-        setup = Setup(student, teacher_detector, seed, size, self.unlabeled is not None)
+        training = options.training
+        # Each process draws for its own pictures.
+        seed = training.seed + self.processes.rank
+        setup = Setup(student, teacher_detector, seed, options.image_size, self.unlabeled is not None)
         built = [recipe.build(setup) for recipe in recipes]
         distillation = Distillation(
             built,
@@ -191,8 +247,10 @@ class Job:
             base_size=options.base_size,
             limit=options.proposals,
             steps=steps,
-            epoch_steps=math.ceil(len(self.train) / options.training.batch_size),
+            epoch_steps=math.ceil(len(self.train) / (training.batch_size * training.accumulate * self.processes.count)),
             compile=options.compile,
+            schedule=options.kd,
+            process_group=torch.distributed.group.WORLD if self.processes.count > 1 else None,
         ).to(self.device)
         return student, distillation, inherited
 
@@ -219,7 +277,7 @@ class Job:
         return (members[0] if len(members) == 1 else TeacherEnsemble(members)).to(self.device)
 
     def _trained_teacher(self) -> tuple[nn.Module, Run]:
-        settings = replace(self.options.training, steps=self.options.teacher_steps)
+        settings = self.options.training.lasting(self.options.teacher_steps)
         known = detectors.settings_of(
             self.options.teacher_model, classes=self.classes, image_size=self.options.image_size
         )
@@ -227,6 +285,7 @@ class Job:
             "data": self.identity,
             "detector": asdict(known) if known is not None else self.options.teacher_model,
             "training": {key: value for key, value in asdict(settings).items() if key != "workers"},
+            "processes": self.processes.count,
         }
         cache, key = TeacherCache(self.options.teacher_cache), key_of(made_of)
         torch.manual_seed(settings.seed)
@@ -239,41 +298,20 @@ class Job:
             record = None
         teacher.to(self.device)
         if record is not None:
-            run = Run(**record)
-            run.scores = [tuple(score) for score in run.scores]
+            run = Run.of(record)
             self.progress.say(f"teacher: {cache.path(key)}, trained before in {run.seconds:.0f} s")
             return teacher, run
-        run = fit(
-            "teacher",
-            teacher,
-            alone(teacher),
-            self.train,
-            settings,
-            parameters=teacher.parameters(),
-            device=self.device,
-            evaluator=self.evaluator,
-            progress=self.progress,
-        )
-        if known is not None:
+        run = self._fit("teacher", teacher, alone(teacher), settings, list(teacher.parameters()))
+        if known is not None and self.processes.first:
             try:
                 self.progress.say(f"teacher: kept in {cache.save(key, teacher, asdict(run))}")
             except OSError as error:
                 self.progress.say(f"warning: the teacher cannot be kept: {error}")
         return teacher, run
 
-    def unlabeled_batches(self) -> Callable[[], Tensor]:
-        """A function that gives batch after batch of the pictures without ground truth."""
-        settings = self.options.training
-        most = 2**31 // settings.batch_size  # no end
-        batches = training_batches(self.unlabeled, most, settings.batch_size, settings.seed + 1, settings.workers)
-
-        def next_batch() -> Tensor:
-            try:
-                return to_device(*next(batches), self.device)[0]
-            except DataError as error:
-                raise JobError(f"argument --unlabeled-path: {error}") from None
-
-        return next_batch
+    def unlabeled_batches(self) -> UnlabeledBatches:
+        """Batch after batch of the pictures without ground truth."""
+        return UnlabeledBatches(self.unlabeled, self.options.training, self.processes, self.device)
 
     def settings(self) -> dict[str, Any]:
         """What makes the run, for its records."""
@@ -285,6 +323,8 @@ class Job:
             "teachers": [str(path) for path in options.teachers],
             "student": options.model,
             "training": asdict(options.training),
+            "kd": asdict(options.kd),
+            "processes": self.processes.count,
             "teacher_steps": options.teacher_steps,
             "recipes": [{"text": recipe.text, "options": asdict(recipe.options)} for recipe in options.recipes],
             "compare": [row.title for row in options.compare],
@@ -296,3 +336,24 @@ class Job:
             "torch": torch.__version__,
             "kernels": {loss: backends.get(self.device.type, ("reference",))[0] for loss, backends in served.items()},
         }
+
+
+class UnlabeledBatches:
+    """Gives the batch of pictures without ground truth that belongs to a step, by the step's number, from 0."""
+
+    def __init__(self, pictures: Any, settings: TrainSettings, processes: Processes, device: torch.device) -> None:
+        self.pictures, self.settings, self.device = pictures, settings, device
+        self.share = (processes.rank, processes.count)
+        self.next = -1
+
+    def __call__(self, index: int) -> Tensor:
+        settings = self.settings
+        try:
+            if index != self.next:  # the first one; or steps were left out, in which no recipe asked for one
+                many = index + settings.steps
+                how = (many, settings.batch_size, settings.seed + 1, settings.workers)
+                self.batches = training_batches(self.pictures, *how, first=index, share=self.share)
+            self.next = index + 1
+            return to_device(*next(self.batches), self.device)[0]
+        except DataError as error:
+            raise JobError(f"argument --unlabeled-path: {error}") from None

@@ -1,43 +1,31 @@
-"""The training loop: a fixed number of steps of AdamW with warm-up and cosine, and what it records.
+"""The training loop: a fixed number of steps, what it records, and how it stops and goes on.
 
 One function, ``fit``, trains teacher and students alike; what differs is the ``objective`` that it is given.
 """
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
-from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset
 
+from .checkpoint import Checkpoints
 from .data import to_device, training_batches
 from .evaluate import Evaluator, Score
-from .progress import Progress
-from .settings import TrainSettings
+from .interrupt import Interruption, Stopped
+from .processes import ALONE, Processes
+from .progress import Progress, Task
+from .settings import TrainSettings, Upkeep
+from .state import State, seed_all
+from .update import Losses, Objective, Told, TrainingError, Updates
 
-
-class Losses(NamedTuple):
-    """What an objective gives for a batch."""
-
-    summed: dict[str, Tensor]  #: by name, each with its graph; their sum is what is trained
-    told: dict[str, Tensor] = {}  #: what is recorded in place of "distill": its terms, detached
-    noted: dict[str, Tensor] = {}  #: what is recorded beside them: regions, levels, gradient norms
-    task: Tensor | None = None  #: the detector's own losses, unweighted; None: their sum in ``summed``
-
-
-#: Pictures and targets of a batch, and the number of the step, from 0, to losses.
-Objective = Callable[[Tensor, list[dict], int], Losses]
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says at which step and why."""
+__all__ = ["Losses", "Objective", "Run", "TrainingError", "fit", "slowed"]
 
 
 @dataclass
@@ -51,6 +39,12 @@ class Run:
     step_seconds: list[float] = field(default_factory=list)
     task_loss: list[float] = field(default_factory=list)
     scores: list[tuple[float, ...]] = field(default_factory=list)  # step, seconds, and what a Score holds
+    skipped: int = 0  # steps that changed nothing, as a loss or the gradient was not finite
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Run:
+        """What ``asdict`` made of one, and a file kept."""
+        return cls(**{**record, "scores": [tuple(score) for score in record["scores"]]})
 
     @property
     def score(self) -> Score:
@@ -62,6 +56,11 @@ class Run:
         """Median seconds of a step, without the first ones, which allocate and tune."""
         return statistics.median(self.step_seconds[len(self.step_seconds) // 10 :])
 
+    @property
+    def evaluated(self) -> int:
+        """The step of the last evaluation; 0: none yet."""
+        return self.scores[-1][0] if self.scores else 0
+
 
 def slowed(step_seconds: list[float]) -> float | None:
     """How many times the median the last five steps took, each of them, where that is five times or more."""
@@ -69,15 +68,6 @@ def slowed(step_seconds: list[float]) -> float | None:
         return None
     factor = min(step_seconds[-5:]) / statistics.median(step_seconds)
     return factor if factor >= 5 else None
-
-
-def learning_rate(step: int, settings: TrainSettings) -> float:
-    """The factor on ``lr`` at ``step`` (from 0): linear warm-up, then a cosine down to ``final``."""
-    warmup = min(settings.warmup, max(1, settings.steps // 5))
-    if step < warmup:
-        return (step + 1) / warmup
-    done = (step - warmup) / max(1, settings.steps - warmup)
-    return settings.final + (1 - settings.final) * (1 + math.cos(math.pi * done)) / 2
 
 
 def fit(
@@ -91,68 +81,136 @@ def fit(
     device: torch.device,
     evaluator: Evaluator,
     progress: Progress,
+    upkeep: Upkeep = Upkeep(),  # noqa: B008 - frozen
+    checkpoints: Checkpoints | None = None,
+    distillation: nn.Module | None = None,
+    generators: Mapping[str, torch.Generator] | None = None,
+    interruption: Interruption | None = None,
+    processes: Processes = ALONE,
 ) -> Run:
     """Train ``detector`` for ``settings.steps`` steps of ``objective``, and evaluate it on the way and at the end.
+
+    With ``checkpoints`` it goes on after the newest one, and ends in the same bits as if it had never stopped, on a
+    CPU.
 
     Args:
         name: what the progress and the records call it.
         objective: pictures and targets of a batch to losses; those whose names start with ``task/`` are summed into the
             curve that all runs share.
         parameters: all that is trained (the detector's, and an adapter's).
+        distillation: what else belongs into a checkpoint: its parameters are the adapters.
+        generators: by name, what ``objective`` draws from beside the global generators.
+        processes: each trains on its share of a step's pictures.
+
+    Raises:
+        TrainingError: a loss or the gradient is not finite; with ``upkeep.on_nan`` "skip", time after time.
+        Stopped: SIGTERM, after a checkpoint of the step in progress.
     """
-    parameters = [parameter for parameter in parameters if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, settings))
+    training = Updates(detector, objective, settings, list(parameters), device, upkeep, processes, name)
+    modules = {"student": detector} | ({"distillation": distillation} if distillation is not None else {})
+    state = State(modules, training.optimizer, training.scaler, generators or {}, processes)
+    interruption = interruption or Interruption()
     run = Run(name, settings.seed, settings.steps)
-    torch.manual_seed(settings.seed)  # torchvision's samplers draw from the global generator
-    checkpoints = {round(settings.steps * (k + 1) / settings.evaluations) for k in range(settings.evaluations)}
-    warned = False
-    recent: deque[float] = deque(maxlen=200)
+    seed_all(settings.seed + processes.rank)  # torchvision's samplers draw from the global generator
+    first = 0
+    if checkpoints is not None:
+        found = checkpoints.newest()
+        if found is not None:
+            state.load(found.state)
+            run, first = Run.of(found.state["run"]), found.step
+            if first < settings.steps:
+                progress.say(f"{name}: going on after step {first}/{settings.steps}, from {found.path}")
+    progress.forget(name, first)
     detector.train()
-    with progress.task(name, settings.steps) as task:
+    due = {round(settings.steps * (k + 1) / settings.evaluations) for k in range(settings.evaluations)}
+
+    def save(step: int, *, finished: bool = False) -> None:
+        content = state.content(asdict(run), finished=finished)
+        if checkpoints is not None and processes.first:
+            try:
+                progress.sync()
+                checkpoints.save(step, content)
+            except (OSError, RuntimeError) as error:  # a full disk: the training is worth more than its checkpoint
+                reason = str(error).splitlines()[0]
+                progress.say(f"warning: {name}: no checkpoint of step {step} could be written: {reason}")
+
+    def evaluate(step: int, task: Task) -> None:
+        if processes.first:
+            score = evaluator(detector)
+            run.scores.append((step, run.seconds, *score))
+            progress.record(kind="evaluation", run=name, step=step, seconds=run.seconds, **score._asdict())
+            task.say(f"{name}: step {step}/{settings.steps}  mAP {score.mean_ap:.3f}  AP50 {score.ap50:.3f}")
+        run.scores = processes.told(run.scores)
+
+    with progress.task(name, settings.steps, first) as task:
+        if first in due and run.evaluated < first:  # stopped between the step and its evaluation
+            evaluate(first, task)
+        if first == settings.steps:
+            return run
         begin = time.perf_counter()
-        batches = training_batches(pictures, settings.steps, settings.batch_size, settings.seed, settings.workers)
-        for step, batch in enumerate(batches, start=1):
-            images, targets = to_device(*batch, device)
-            losses = objective(images, targets, step - 1)
-            total = sum(losses.summed.values())
-            optimizer.zero_grad(set_to_none=True)
-            total.backward()
-            norm = nn.utils.clip_grad_norm_(parameters, settings.clip)
-            optimizer.step()
-            lr = schedule.get_last_lr()[0]
-            schedule.step()
-            named = {**losses.summed, **losses.told, "total": total}
-            named |= {f"noted {name}": value for name, value in losses.noted.items()}
-            named["task"] = losses.task if losses.task is not None else total
-            values = dict(zip(named, torch.stack([value.detach() for value in named.values()]).tolist(), strict=True))
-            seconds = time.perf_counter() - begin
-            loss = values.pop("total")
-            noted = {name: values.pop(f"noted {name}") for name in losses.noted}
-            if losses.told:
-                values.pop("distill")
-            if not math.isfinite(loss):
-                raise TrainingError(f"{name}: the loss is {loss} at step {step}: {values}; a smaller --lr may help")
-            run.seconds += seconds
-            run.step_seconds.append(seconds)
-            run.task_loss.append(values.pop("task"))
-            entry = {"loss": loss, "losses": values, "lr": lr, "grad_norm": float(norm), "seconds": seconds}
-            progress.record(kind="step", run=name, step=step, **entry, **({"details": noted} if noted else {}))
-            recent.append(seconds)
-            task.advance(step, f"loss {loss:.3f}  {1000 * statistics.median(recent):.0f} ms/step")
-            factor = slowed(list(recent))
-            if factor is not None and not warned:
-                # OpenMP's threads spin while they wait; with one busy program beside them a step can take fifty times
-                # as long.
-                warned = True
-                task.say(
-                    f"{name}: steps now take {factor:.0f} times as long as before; if other programs use the same "
-                    "cores, OMP_WAIT_POLICY=PASSIVE in the environment shares them better"
-                )
-            if step in checkpoints:
-                score = evaluator(detector)
-                run.scores.append((step, run.seconds, *score))
-                progress.record(kind="evaluation", run=name, step=step, seconds=run.seconds, **score._asdict())
-                task.say(f"{name}: step {step}/{settings.steps}  mAP {score.mean_ap:.3f}  AP50 {score.ap50:.3f}")
+        batches = _steps(pictures, settings, first, processes)
+        for step, batch in enumerate(batches, start=first + 1):
+            with interruption.held():
+                told = training.step([to_device(*part, device) for part in batch], step)
+                seconds = time.perf_counter() - begin
+                _note(run, told, seconds, step, progress, task)
+                stop = processes.any(interruption.asked, device)
+                # Before an evaluation as well: it may take minutes, and nothing is lost when it is cut short.
+                every = upkeep.checkpoint_every
+                if stop or step in due or (every and step % every == 0):
+                    save(step)
+            # Several processes stop by what they agreed on; one that was asked meanwhile says so at the next step.
+            if stop or (processes.count == 1 and interruption.asked):
+                raise Stopped
+            if step in due:
+                evaluate(step, task)
             begin = time.perf_counter()
+        processes.share_buffers(detector)
+        with interruption.held():
+            save(settings.steps, finished=True)
+            stop = processes.any(interruption.asked, device)
+        if stop:
+            raise Stopped
+    if run.skipped:
+        progress.say(
+            f"{name}: {run.skipped} of {run.steps} steps were skipped, their loss or gradient not being finite"
+        )
     return run
+
+
+def _steps(pictures: Any, settings: TrainSettings, first: int, processes: Processes) -> Iterator[list[Any]]:
+    """The batches of each step after the first so many."""
+    each = settings.accumulate
+    batches = training_batches(
+        pictures,
+        settings.steps * each,
+        settings.batch_size,
+        settings.seed,
+        settings.workers,
+        first * each,
+        share=(processes.rank, processes.count),
+    )
+    for _ in range(first, settings.steps):
+        yield [next(batches) for _ in range(each)]
+
+
+def _note(run: Run, told: Told, seconds: float, step: int, progress: Progress, task: Task) -> None:
+    """Record a step, and show it."""
+    run.seconds += seconds
+    run.step_seconds.append(seconds)
+    run.task_loss.append(told.task)
+    run.skipped += told.skipped
+    entry = {"loss": told.loss, "losses": told.values, "lr": told.lr, "grad_norm": told.norm, "seconds": seconds}
+    entry |= {"details": told.details} if told.details else {}
+    entry |= {"skipped": True} if told.skipped else {}
+    progress.record(kind="step", run=run.name, step=step, **entry)
+    recent = run.step_seconds[-200:]  # of all, a long run would spend its time on sorting
+    task.advance(step, f"loss {told.loss:.3f}  {1000 * statistics.median(recent):.0f} ms/step")
+    factor = slowed(recent)
+    if factor is not None and not task.warned:
+        # OpenMP's threads spin while they wait; with one busy program beside them a step can take fifty times as long.
+        task.warned = True
+        task.say(
+            f"{run.name}: steps now take {factor:.0f} times as long as before; if other programs use the same "
+            "cores, OMP_WAIT_POLICY=PASSIVE in the environment shares them better"
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import nn
 from .data import collate, to_device
 from .detectors import Cost, cost
 from .evaluate import Evaluator, voc_ap
+from .export import FOLDER
 from .extras import require
 from .loop import Run
 from .split import PARTS
@@ -66,31 +66,9 @@ def write(
     print(table(everything, parts, len(job.val), costs))
     for entry in extra:
         print(f"{entry['what']}, {entry['run']}: {entry['score']:.3f}")
-    weights = sorted(path.name for path in folder.glob("*.safetensors"))
+    weights = sorted(f"{FOLDER}/{path.name}" for path in (folder / FOLDER).iterdir())
     names = ", ".join(["metrics.jsonl", "curves.png", "detections.png", *weights])
     print(f"\n{seconds:.0f} s in all. In {folder}: {names}")
-
-
-def save(folder: Path, name: str, student: Any) -> list[Path]:
-    """A student's weights as a file that ``--weights`` and ``--teacher`` take; apart from them its adapters', which
-    nobody needs to run it. Returns the files.
-    """
-    write = require("safetensors.torch").save_file
-    detector = getattr(student.detector, "detector", student.detector)  # of a Rescaled one
-    found = {file_name(name): detector}
-    if student.distillation is not None and any(True for _ in student.distillation.parameters()):
-        found[f"{file_name(name)}.adapters"] = student.distillation
-    paths = []
-    for stem, module in found.items():
-        state = {key: value.detach().cpu().contiguous().clone() for key, value in module.state_dict().items()}
-        paths.append(folder / f"{stem}.safetensors")
-        write(state, paths[-1])
-    return paths
-
-
-def file_name(name: str) -> str:
-    """A run's name as a file's."""
-    return re.sub(r"[^A-Za-z0-9.=-]+", "-", name).strip("-")
 
 
 def _extra_scores(job: Any, detectors: dict[str, nn.Module]) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ The defaults are for pictures of 160 pixels and two CPU cores; ``kdkernels.harne
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,17 @@ class DetectorSettings:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How to train. ``lr`` is reached after ``warmup`` steps and falls along a cosine to ``final`` of itself."""
+    """How to train. ``lr`` is reached after ``warmup`` steps and falls along a cosine to ``final`` of itself.
+
+    Attributes:
+        batch_size: pictures of one forward, in each process; ``accumulate`` of them are a step.
+        optimizer: "adamw", or "sgd" with ``momentum``.
+        norm_weight_decay: of normalisation layers; None: that of all.
+        warmup_factor: the factor on ``lr`` that the warm-up begins above.
+        scheduler: "cosineannealinglr", or "multisteplr": times ``lr_gamma`` at each of ``lr_steps`` (steps, from 0).
+        clip: largest norm of the gradient; 0: any.
+        amp: None, "bfloat16" or "float16": autocast of forward and losses.
+    """
 
     steps: int = 250
     batch_size: int = 8
@@ -95,3 +105,43 @@ class TrainSettings:
     seed: int = 0
     evaluations: int = 4
     workers: int = 0
+    optimizer: str = "adamw"
+    momentum: float = 0.9
+    norm_weight_decay: float | None = None
+    warmup_factor: float = 0.0
+    scheduler: str = "cosineannealinglr"
+    lr_steps: tuple[int, ...] = ()
+    lr_gamma: float = 0.1
+    amp: str | None = None
+    accumulate: int = 1
+
+    def lasting(self, steps: int) -> TrainSettings:
+        """The same over another number of steps: ``lr_steps`` stay where they are in proportion."""
+        moved = tuple(round(step * steps / self.steps) for step in self.lr_steps)
+        return replace(self, steps=steps, lr_steps=moved)
+
+
+@dataclass(frozen=True)
+class KdSettings:
+    """When distillation counts, in steps from 0: not before ``start``, nor from ``stop`` on (None: to the end), and
+    less in the ``warmup`` steps after ``start``.
+    """
+
+    start: int = 0
+    stop: int | None = None
+    warmup: int = 0
+
+
+@dataclass(frozen=True)
+class Upkeep:
+    """How a training is looked after; nothing here changes what it computes, as long as every loss is finite.
+
+    Attributes:
+        checkpoint_every: steps between checkpoints; 0: only before evaluations, at the end, and when asked to stop.
+        on_nan: "stop", or "skip": a step whose loss or gradient is not finite changes nothing.
+        print_freq: a line in the log every so many steps; None: every few seconds.
+    """
+
+    checkpoint_every: int = 500
+    on_nan: str = "stop"
+    print_freq: int | None = None

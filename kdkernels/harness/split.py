@@ -26,7 +26,7 @@ def measure(
     settings: TrainSettings,
     device: torch.device,
     steps: int = 12,
-    unlabeled: Callable[[], Tensor] | None = None,
+    unlabeled: Callable[[int], Tensor] | None = None,
 ) -> dict[str, float]:
     """Median seconds of each part of a step (forward and backward, without the optimiser), after two steps to warm up.
 

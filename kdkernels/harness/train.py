@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import sys
 import time
+import traceback
 from dataclasses import asdict
 from typing import Any
 
-from . import flags
+import torch
+
+from . import flags, resume
 from .extras import check
 
 
@@ -20,7 +23,8 @@ def main(argv: list[str]) -> int:
     """Run what the command line ``argv`` says; returns the exit code.
 
     0: done. 1: a package is missing, or training failed (the loss is not finite). 2: bad input; the message names the
-    flag. What a run has recorded stays in its folder whatever happens; no earlier run is overwritten.
+    flag. 130, 143: interrupted, or stopped by SIGTERM, after a checkpoint of the step in progress. What a run has
+    recorded stays in its folder whatever happens; no earlier run is overwritten.
     """
     parser = flags.parser()
     try:
@@ -36,42 +40,123 @@ def main(argv: list[str]) -> int:
 
 
 def _run(options: flags.Options) -> int:
+    from .interrupt import Interruption, Stopped
+    from .processes import ALONE, join, leave
+
+    processes = ALONE
+    with Interruption() as interruption:
+        try:
+            processes = join(torch.device(options.device), options.dist_timeout)
+            code = _work(options, interruption, processes)
+            if not code:
+                leave(processes)
+            return code
+        except Stopped:
+            return _stopped(options)
+        except KeyboardInterrupt:
+            print(f"\nkdkernels train: interrupted; {_go_on(options)}", file=sys.stderr)
+            return 130
+        except RuntimeError as error:
+            if processes.count == 1:
+                raise
+            if interruption.asked:  # and another one was faster
+                return _stopped(options)
+            traceback.print_exc()
+            reason = str(error).splitlines()[0]
+            print(
+                f"kdkernels train: error: process {processes.rank} of {processes.count}: {reason}; where this is of a "
+                f"connection or a timeout, another process has ended; {_go_on(options)}",
+                file=sys.stderr,
+            )
+            return 1
+
+
+def _stopped(options: flags.Options) -> int:
+    print(f"\nkdkernels train: stopped by SIGTERM; {_go_on(options)}", file=sys.stderr)
+    return 143
+
+
+def _go_on(options: flags.Options) -> str:
+    """How to go on with a run that was stopped."""
+    if not (options.output_dir / resume.FOLDER / resume.FILE).exists():
+        return "nothing was trained"
+    return f"records so far: {options.output_dir}; go on with: python -m kdkernels train --resume {options.output_dir}"
+
+
+def _work(options: flags.Options, interruption: Any, processes: Any) -> int:
     from .data import DataError
     from .job import Job, JobError
-    from .loop import TrainingError
-    from .progress import Progress
+    from .update import TrainingError
 
     begin = time.perf_counter()
     try:
         train, val, identity = _pictures(options)
         unlabeled = _unlabeled(options)
-        # Before there is a folder: what cannot be leaves none behind.
-        Job(options, train, val, identity, None, unlabeled).check()
         try:
-            options.output_dir.mkdir(parents=True, exist_ok=True)
-            progress = Progress(options.output_dir / "metrics.jsonl")
+            options = options.resolved(len(train), processes.count)
+        except ValueError as error:
+            raise JobError(str(error)) from None
+        # Before there is a folder: what cannot be leaves none behind.
+        checked = Job(options, train, val, identity, None, unlabeled)
+        if options.test_only:
+            return _test(checked)
+        checked.check()
+        try:
+            folder, progress = _folder(options, identity, processes)
+        except resume.ResumeError as error:
+            return _refused(f"argument --resume: {error}")
         except OSError as error:
             return _refused(f"argument --output-dir: {error}")
         try:
-            job = Job(options, train, val, identity, progress, unlabeled)
+            job = Job(
+                options, train, val, identity, progress, unlabeled,
+                folder=folder, interruption=interruption, processes=processes,
+            )  # fmt: skip
             if options.compare:
                 from .compare import run as compare
 
                 compare(job, begin)
             else:
                 run(job, begin)
+            folder.finish()
         finally:
             progress.close()
+            folder.close()
     except DataError as error:
         return _refused(f"argument --data-path: {error}")
     except JobError as error:
         return _refused(str(error))
     except TrainingError as error:
-        print(f"kdkernels train: error: {error}; records so far: {options.output_dir}", file=sys.stderr)
+        print(f"kdkernels train: error: {error}; {_go_on(options)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(f"\nkdkernels train: interrupted; records so far: {options.output_dir}", file=sys.stderr)
-        return 130
+    return 0
+
+
+def _folder(options: flags.Options, identity: dict[str, Any], processes: Any) -> tuple[Any, Any]:
+    """The run's folder, new or gone on with, and what records in it; the first process makes what the others find."""
+    from .progress import Progress, Silent
+
+    made_of = resume.made_of(options, data=identity, processes=processes.count)
+    how = {"resume": options.resume, "first": processes.first}
+    if not processes.first:
+        processes.told(None)
+        return resume.RunFolder(options.output_dir, made_of, options.argv, **how), Silent()
+    try:
+        options.output_dir.mkdir(parents=True, exist_ok=True)
+        folder = resume.RunFolder(options.output_dir, made_of, options.argv, **how)
+        metrics = options.output_dir / "metrics.jsonl"
+        return folder, Progress(metrics, resume=options.resume, print_freq=options.upkeep.print_freq)
+    finally:
+        processes.told(None)
+
+
+def _test(job: Any) -> int:
+    """Score the student of ``--weights``."""
+    student, _, _ = job._started(job._untrained_teacher(), [])
+    score = job.evaluator(student)
+    for name, value in score._asdict().items():
+        print(f"{name:<12}{value:9.4f}")
+    print(f"\nScored on {len(job.val)} pictures: {job.options.weights}")
     return 0
 
 
@@ -141,14 +226,17 @@ def run(job: Any, begin: float) -> None:
     if options.inherit or options.freeze:  # so that nobody takes for distillation what the copied weights alone give
         students["inherited"] = job.student("inherited", steps, teacher)
     first = students["distilled"]
-    parts = split.measure(
-        first.detector,
-        first.distillation,
-        job.train,
-        options.training,
-        job.device,
-        steps=min(12, steps),
-        unlabeled=job.unlabeled_batches() if first.distillation.needs_unlabeled else None,
+    parts = job.decide(
+        "parts",
+        lambda: split.measure(
+            first.detector,
+            first.distillation,
+            job.train,
+            options.training,
+            job.device,
+            steps=min(12, steps),
+            unlabeled=job.unlabeled_batches() if first.distillation.needs_unlabeled else None,
+        ),
     )
     # Fixed before that training begins: a number of steps like any other, not a race with the clock. The two kinds of
     # step were timed in turn: two runs, minutes apart, would compare what else the machine did.
@@ -158,6 +246,8 @@ def run(job: Any, begin: float) -> None:
         f"a distilled step takes {ratio:.2f} times one alone: at equal time the student alone gets {longer} steps"
     )
     students["alone, equal time"] = job.student("alone, equal time", longer, teacher, **control)
+    if not job.processes.first:
+        return
     report.write(
         options.output_dir,
         teacher=(teacher.detector, teacher_run),

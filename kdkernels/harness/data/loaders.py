@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,20 +30,29 @@ def to_device(pictures: Tensor, targets: list[dict], device: torch.device) -> Ba
 
 
 def training_batches(
-    pictures: Dataset, steps: int, batch_size: int, seed: int, workers: int = 0, first: int = 0
+    pictures: Dataset,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    workers: int = 0,
+    first: int = 0,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
     """Exactly ``steps`` batches in a seeded order: one permutation of the pictures after the other.
 
     The same at any number of workers. ``first`` leaves out so many of the batches, without reading them: a run that
-    goes on after step k gets what it would have got. Pictures that cannot be decoded are counted in the set's
-    ``problems``.
+    goes on after step k gets what it would have got. ``share`` is this process's number and how many there are: each
+    takes its batch in turn of the same order, so that together they see what one would with larger batches. Pictures
+    that cannot be decoded are counted in the set's ``problems``.
     """
     order = torch.Generator().manual_seed(seed)
-    sampler = _Draws(RandomSampler(pictures, num_samples=steps * batch_size, generator=order), first * batch_size)
+    draws = RandomSampler(pictures, num_samples=steps * batch_size * share[1], generator=order)
+    sampler = _Draws(draws, first * batch_size * share[1], batch_size, share)
     # The loader draws its workers' base seed from this generator; without one it would move the global state.
     seeds = torch.Generator().manual_seed(seed)
     drawn = _Drawn(pictures, seed)
-    loader = DataLoader(drawn, batch_size, sampler=sampler, num_workers=workers, collate_fn=collate, generator=seeds)
+    how = {"num_workers": workers, "collate_fn": collate, "worker_init_fn": _undisturbed}
+    loader = DataLoader(drawn, batch_size, sampler=sampler, generator=seeds, **how)
     return _counted(iter(loader), pictures)
 
 
@@ -54,7 +64,15 @@ def evaluation_batches(
     One that cannot be decoded is a grey picture without objects whose target has ``undecodable`` True.
     """
     once = _Once(pictures, len(pictures) if limit is None else min(limit, len(pictures)))
-    return _counted(iter(DataLoader(once, batch_size, num_workers=workers, collate_fn=collate)), pictures)
+    loader = DataLoader(once, batch_size, num_workers=workers, collate_fn=collate, worker_init_fn=_undisturbed)
+    return _counted(iter(loader), pictures)
+
+
+def _undisturbed(worker: int) -> None:
+    """Batch systems send SIGTERM to every process of a job: the workers still read what the parent's last step needs,
+    and end with it.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _counted(batches: Iterator[Batch], pictures: Any) -> Iterator[Batch]:
@@ -67,16 +85,18 @@ def _counted(batches: Iterator[Batch], pictures: Any) -> Iterator[Batch]:
 
 
 class _Draws(Sampler):
-    """Pairs of the number of a draw and the picture drawn, without the first ``skip``."""
+    """Pairs of the number of a draw and the picture drawn, without the first ``skip``; of ``share``'s batches alone."""
 
-    def __init__(self, sampler: RandomSampler, skip: int) -> None:
-        self.sampler, self.skip = sampler, skip
+    def __init__(self, sampler: RandomSampler, skip: int, batch_size: int, share: tuple[int, int]) -> None:
+        self.sampler, self.skip, self.batch_size, self.share = sampler, skip, batch_size, share
 
     def __len__(self) -> int:
-        return max(0, len(self.sampler) - self.skip)
+        return max(0, len(self.sampler) - self.skip) // self.share[1]
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        return ((draw, index) for draw, index in enumerate(self.sampler) if draw >= self.skip)
+        mine, count = self.share
+        drawn = ((draw, index) for draw, index in enumerate(self.sampler) if draw >= self.skip)
+        return ((draw, index) for draw, index in drawn if draw // self.batch_size % count == mine)
 
 
 class _Drawn(Dataset):

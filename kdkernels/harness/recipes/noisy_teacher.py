@@ -40,8 +40,7 @@ class NoisyTeacher(Recipe):
             raise ValueError(f"noisy-teacher: sigma: expected a number of at least 0, got {options.sigma}")
         if not 0 <= options.probability <= 1:
             raise ValueError(f"noisy-teacher: probability: expected a number in [0, 1], got {options.probability}")
-        self.seed = setup.seed
-        self.random: torch.Generator | None = None  # on the logits' device, once that is known
+        self.random = torch.Generator(next(setup.student.parameters()).device).manual_seed(setup.seed)
 
     def extra(self, step: Step) -> dict[str, Tensor]:
         rows = step.class_rows(self.options.proposals)
@@ -49,8 +48,6 @@ class NoisyTeacher(Recipe):
 
     def disturbed(self, logits: Tensor) -> Tensor:
         """Logits (K, C) with noise in some of their rows."""
-        if self.random is None:
-            self.random = torch.Generator(logits.device).manual_seed(self.seed)
         how = {"generator": self.random, "device": logits.device}
         draw = torch.randn(logits.shape, **how)
         chosen = torch.rand((len(logits), 1), **how) < self.options.probability

@@ -85,6 +85,11 @@ class Recipe(nn.Module):
         self.options = options
         self.terms: dict[str, dict[str, Any]] = {}
 
+    @property
+    def generators(self) -> dict[str, torch.Generator]:
+        """The recipe's own generators, by attribute: a checkpoint has their states."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Generator)}
+
     def inputs(self, step: Step) -> dict[str, Any]:
         """Keyword arguments of the objective for the terms of this recipe."""
         return {}
