@@ -18,6 +18,8 @@ from kdkernels.harness import data, flags, loop, schedule, train
 from kdkernels.harness.settings import TrainSettings
 
 FILES = {"metrics.jsonl", "curves.png", "detections.png", "students"}
+TINY = ["--image-size", "64", "--model", "faster_rcnn:width=0.125,channels=32"]
+TINY += ["--teacher-model", "faster_rcnn:width=0.25,channels=32", "--device", "cpu", "--quick"]
 ROWS = ["teacher", "alone", "alone, equal time", "distilled"]
 
 
@@ -31,7 +33,7 @@ def quick(tmp_path_factory):
     """One quick run with an empty teacher cache; the tests below look at what it left."""
     folder = tmp_path_factory.mktemp("quick")
     out, cache = folder / "out", folder / "cache"
-    assert train.main(["--quick", "--output-dir", str(out), "--teacher-cache", str(cache), "--device", "cpu"]) == 0
+    assert train.main([*TINY, "--output-dir", str(out), "--teacher-cache", str(cache)]) == 0
     return out, cache
 
 
@@ -79,7 +81,7 @@ def test_students_start_alike_and_see_the_same_pictures(quick):
 
 def test_teacher_is_reused_and_a_corrupt_one_is_retrained(quick, tmp_path, capsys):
     out, cache = quick
-    argv = ["--quick", "--steps", "1", "--teacher-cache", str(cache), "--device", "cpu", "--output-dir"]
+    argv = [*TINY, "--steps", "1", "--teacher-cache", str(cache), "--output-dir"]
     assert train.main([*argv, str(tmp_path / "again")]) == 0
     (kept,) = cache.iterdir()
     assert f"teacher: {kept}" in capsys.readouterr().err
@@ -102,8 +104,8 @@ def test_a_coco_folder_takes_the_place_of_the_scenes(tmp_path, monkeypatch):
         data.write_coco_folder(root, split, data.ScenePictures(SMALL, split))
     monkeypatch.setattr(train, "check", lambda scenes: None if not scenes else pytest.fail("scenes are not needed"))
     monkeypatch.chdir(tmp_path)
-    argv = ["--quick", "--steps", "1", "--teacher-steps", "1", "--data-path", str(root), "--teacher-cache", "cache"]
-    assert train.main([*argv, "--device", "cpu"]) == 0
+    argv = [*TINY, "--steps", "1", "--teacher-steps", "1", "--data-path", str(root), "--teacher-cache", "cache"]
+    assert train.main(argv) == 0
     out = tmp_path / "kdkernels-runs" / "coco-seed0-quick"
     assert {path.name for path in out.iterdir()} == FILES
     assert {entry["pictures"] for entry in records(out, "result")} == {6}
