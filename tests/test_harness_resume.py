@@ -21,7 +21,7 @@ pytest.importorskip("safetensors")
 
 from runs_parts import COMPARE, ROWS, TINY, child, leader, moments, processes_context, steps, weights
 
-from kdkernels.harness import checkpoint, data, evaluate, progress, train, update
+from kdkernels.harness import checkpoint, data, evaluate, loop, progress, train, update
 from kdkernels.harness.checkpoint import Checkpoints
 from kdkernels.harness.settings import SceneSettings
 from kdkernels.harness.state import random_state, set_random_state
@@ -48,7 +48,9 @@ def same(out, whole):
 
 
 def stop_after(monkeypatch, places):
-    """SIGTERM after the steps, (run, step), and in the evaluations, (run, -step), of ``places``, each once."""
+    """SIGTERM after the steps (run, step) of ``places``, once in an evaluation if ("evaluation", 0) is among them, and
+    while the pictures of a training's step are read if ("reading", step) is.
+    """
     left, record = list(places), progress.Progress.record
 
     def recorded(self, **entry):
@@ -65,6 +67,16 @@ def stop_after(monkeypatch, places):
             os.kill(os.getpid(), signal.SIGTERM)
         return score(self, detector)
 
+    batches = loop._steps
+
+    def read(*args):
+        for number, found in enumerate(batches(*args)):
+            if ("reading", number) in left:
+                left.remove(("reading", number))
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield found
+
+    monkeypatch.setattr(loop, "_steps", read)
     monkeypatch.setattr(progress.Progress, "record", recorded)
     monkeypatch.setattr(evaluate.Evaluator, "__call__", scored)
     return left
@@ -73,6 +85,7 @@ def stop_after(monkeypatch, places):
 def test_a_run_stopped_by_sigterm_says_how_to_go_on_and_ends_in_the_same_bits(whole, tmp_path, monkeypatch, capsys):
     before = signal.getsignal(signal.SIGTERM)
     left = stop_after(monkeypatch, [("evaluation", 0), ("teacher", 1), ("none", 4), (ROWS[1], 1), (ROWS[2], 3)])
+    left.append(("reading", 2))  # the third step of "none": done, and then the run is stopped
     out = tmp_path / "out"
     argv = [*COMPARE, "--output-dir", str(out), "--teacher-cache", str(tmp_path / "cache")]
     # Without checkpoints in between: each stop writes its own.
@@ -82,7 +95,7 @@ def test_a_run_stopped_by_sigterm_says_how_to_go_on_and_ends_in_the_same_bits(wh
     assert "stopped by SIGTERM" in said and said.endswith(f"python -m kdkernels train --resume {out}")
     while codes[-1] == 143 and len(codes) < 9:
         codes.append(train.main(["--resume", str(out)]))
-    assert codes == [143] * 5 + [0] and not left
+    assert codes == [143] * 6 + [0] and not left
     assert signal.getsignal(signal.SIGTERM) is before
     assert "going on after step 1/2" in capsys.readouterr().err
     same(out, whole)

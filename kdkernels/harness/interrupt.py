@@ -51,3 +51,14 @@ class Interruption:
             yield
         finally:
             self._depth -= 1
+
+    @contextlib.contextmanager
+    def released(self) -> Iterator[None]:
+        """Inside of ``held``: what is done here may be cut short, and is not begun if that was asked meanwhile."""
+        depth, self._depth = self._depth, 0
+        try:
+            if self.asked:
+                raise Stopped
+            yield
+        finally:
+            self._depth = depth

@@ -136,40 +136,36 @@ def fit(
 
     def evaluate(step: int, task: Task) -> None:
         if processes.first:
-            score = evaluator(detector)
+            # A checkpoint was written just before: the minutes that this may take can be cut short.
+            with interruption.released():
+                score = evaluator(detector)
             run.scores.append((step, run.seconds, *score))
             progress.record(kind="evaluation", run=name, step=step, seconds=run.seconds, **score._asdict())
             task.say(f"{name}: step {step}/{settings.steps}  mAP {score.mean_ap:.3f}  AP50 {score.ap50:.3f}")
         run.scores = processes.told(run.scores)
 
-    with progress.task(name, settings.steps, first) as task:
+    # Nothing is lost between two steps either: a signal while pictures are read waits for the step that they are for.
+    with progress.task(name, settings.steps, first) as task, interruption.held():
         if first in due and run.evaluated < first:  # stopped between the step and its evaluation
             evaluate(first, task)
         if first == settings.steps:
             return run
         begin = time.perf_counter()
-        batches = _steps(pictures, settings, first, processes)
-        for step, batch in enumerate(batches, start=first + 1):
-            with interruption.held():
-                told = training.step([to_device(*part, device) for part in batch], step)
-                seconds = time.perf_counter() - begin
-                _note(run, told, seconds, step, progress, task)
-                stop = processes.any(interruption.asked, device)
-                # Before an evaluation as well: it may take minutes, and nothing is lost when it is cut short.
-                every = upkeep.checkpoint_every
-                if stop or step in due or (every and step % every == 0):
-                    save(step)
-            # Several processes stop by what they agreed on; one that was asked meanwhile says so at the next step.
-            if stop or (processes.count == 1 and interruption.asked):
+        for step, batch in enumerate(_steps(pictures, settings, first, processes), start=first + 1):
+            told = training.step([to_device(*part, device) for part in batch], step)
+            _note(run, told, time.perf_counter() - begin, step, progress, task)
+            stop = processes.any(interruption.asked, device)
+            every = upkeep.checkpoint_every
+            if stop or step in due or (every and step % every == 0):
+                save(step)
+            if stop:
                 raise Stopped
             if step in due:
                 evaluate(step, task)
             begin = time.perf_counter()
         processes.share_buffers(detector)
-        with interruption.held():
-            save(settings.steps, finished=True)
-            stop = processes.any(interruption.asked, device)
-        if stop:
+        save(settings.steps, finished=True)
+        if processes.any(interruption.asked, device):
             raise Stopped
     if run.skipped:
         progress.say(

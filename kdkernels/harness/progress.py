@@ -47,7 +47,7 @@ class Progress:
     def forget(self, run: str, after: int) -> None:
         """Leave out what an earlier process recorded of ``run`` after step ``after``: it comes again."""
         if self._resumed:
-            self._keep(lambda entry: entry.get("run") != run or entry["step"] <= after)
+            self._keep(lambda entry: entry.get("run") != run or entry.get("step", 0) <= after)
 
     def sync(self) -> None:
         """Bring the records to the disk."""

@@ -102,7 +102,7 @@ def _work(options: flags.Options, interruption: Any, processes: Any) -> int:
             return _test(checked)
         checked.check()
         try:
-            folder, progress = _folder(options, identity, processes)
+            folder, progress = _folder(options, identity, getattr(unlabeled, "digest", None), processes)
         except resume.ResumeError as error:
             return _refused(f"argument --resume: {error}")
         except OSError as error:
@@ -132,11 +132,11 @@ def _work(options: flags.Options, interruption: Any, processes: Any) -> int:
     return 0
 
 
-def _folder(options: flags.Options, identity: dict[str, Any], processes: Any) -> tuple[Any, Any]:
+def _folder(options: flags.Options, identity: dict[str, Any], unlabeled: str | None, processes: Any) -> tuple[Any, Any]:
     """The run's folder, new or gone on with, and what records in it; the first process makes what the others find."""
     from .progress import Progress, Silent
 
-    made_of = resume.made_of(options, data=identity, processes=processes.count)
+    made_of = resume.made_of(options, data=identity, unlabeled=unlabeled, processes=processes.count)
     how = {"resume": options.resume, "first": processes.first}
     if not processes.first:
         processes.told(None)

@@ -51,9 +51,8 @@ def training_batches(
     # The loader draws its workers' base seed from this generator; without one it would move the global state.
     seeds = torch.Generator().manual_seed(seed)
     drawn = _Drawn(pictures, seed)
-    how = {"num_workers": workers, "collate_fn": collate, "worker_init_fn": _undisturbed}
-    loader = DataLoader(drawn, batch_size, sampler=sampler, generator=seeds, **how)
-    return _counted(iter(loader), pictures)
+    loader = DataLoader(drawn, batch_size, sampler=sampler, num_workers=workers, collate_fn=collate, generator=seeds)
+    return _counted(_started(loader), pictures)
 
 
 def evaluation_batches(
@@ -64,15 +63,21 @@ def evaluation_batches(
     One that cannot be decoded is a grey picture without objects whose target has ``undecodable`` True.
     """
     once = _Once(pictures, len(pictures) if limit is None else min(limit, len(pictures)))
-    loader = DataLoader(once, batch_size, num_workers=workers, collate_fn=collate, worker_init_fn=_undisturbed)
-    return _counted(iter(loader), pictures)
+    loader = DataLoader(once, batch_size, num_workers=workers, collate_fn=collate)
+    return _counted(_started(loader), pictures)
 
 
-def _undisturbed(worker: int) -> None:
-    """Batch systems send SIGTERM to every process of a job: the workers still read what the parent's last step needs,
-    and end with it.
+def _started(loader: DataLoader) -> Iterator[Batch]:
+    """The loader's batches, from workers that SIGTERM does not end: batch systems send it to every process of a job,
+    and the parent's last step needs its pictures. They end with the parent.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if not loader.num_workers or not hasattr(signal, "pthread_sigmask"):
+        return iter(loader)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # which they inherit
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _counted(batches: Iterator[Batch], pictures: Any) -> Iterator[Batch]:
