@@ -143,6 +143,7 @@ def whole_run(rank, argv, folder, plan):
     os._exit(train.main(argv))
 
 
+@pytest.mark.slow
 def test_a_run_in_two_processes_has_one_student_and_one_record_and_goes_on(tmp_path):
     where = ["--output-dir", str(tmp_path / "out"), "--teacher-cache", str(tmp_path / "cache"), "--steps", "3"]
     plan = [(1, 2, ROWS[1], signal.SIGTERM)]  # one of them is asked, and all stop
@@ -174,6 +175,7 @@ def test_a_run_in_two_processes_goes_on_to_the_same_bits(tmp_path):
     assert all(torch.equal(first[key], again[key]) for key in again)
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_run_with_a_message(tmp_path):
     where = ["--output-dir", str(tmp_path / "out"), "--teacher-cache", str(tmp_path / "cache"), "--steps", "3"]
     plan = [(1, 2, "none", signal.SIGKILL)]

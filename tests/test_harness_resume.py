@@ -158,6 +158,7 @@ def test_kills_at_random_moments_change_nothing(whole, tmp_path, seed):
     same(tmp_path / "out", whole)
 
 
+@pytest.mark.slow
 def test_the_main_job_keeps_to_what_it_decided(tmp_path, monkeypatch):
     """The steps at equal time follow from measured seconds, which are others the next time."""
     argv = [*TINY, "--steps", "2", "--output-dir", str(tmp_path / "out"), "--teacher-cache", str(tmp_path / "cache")]
