@@ -7,6 +7,7 @@ KDKERNELS_REQUIRE_GPU=1, so that a run on a GPU machine cannot pass by skipping.
 from __future__ import annotations
 
 import os
+import zlib
 
 import pytest
 
@@ -70,12 +71,22 @@ def _has_kernel(op, backend):
 TWO_PASSES = "cuda-two-passes"
 
 
+# Without a GPU, of Triton's cases in these tests one in so many is quick enough for every run.
+INTERPRETED = {"test_error_bound": 2, "test_label_out_of_range_makes_its_row_nan": 4, "test_nan_stays_in_its_row": 2}
+
+
+@pytest.hookimpl(tryfirst=True)  # before slow tests are left out
 def pytest_collection_modifyitems(config, items):
-    """Both forms of CUDA's kernels are for each loss's own tests; elsewhere its calls take what they take."""
+    """Both forms of CUDA's kernels are for each loss's own tests; elsewhere its calls take what they take. Triton's
+    interpreter takes half of all time: of the largest grids, a part of its cases, the same ones in every run, is slow.
+    """
     own = {f"test_{loss}.py" for loss in ops.LOSSES}
     kept, unwanted = [], []
     for item in items:
         backend = getattr(item, "callspec", None) and item.callspec.params.get("backend")
+        if backend == "triton" and not torch.cuda.is_available():
+            if zlib.crc32(item.name.encode()) % INTERPRETED.get(item.originalname, 1):
+                item.add_marker("slow")
         (unwanted if backend == TWO_PASSES and item.path.name not in own else kept).append(item)
     config.hook.pytest_deselected(items=unwanted)
     items[:] = kept
