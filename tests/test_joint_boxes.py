@@ -12,6 +12,7 @@ from joint_cases import FIVE, HEADS, MAIN, Given, Operations, clones, launches, 
 from masks_oracle import INF, NAN, as_flat, random_boxes
 from objective_cases import TERMS, inputs_of, some, with_leaves
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 import kdkernels as kd
@@ -266,13 +267,21 @@ def test_nothing_of_pytorch_runs_beside_the_launches(terms, backend):
 # The op.
 
 
-def test_the_op_tells_of_wrong_arguments(backend):
+def test_the_op(backend):
+    """Its fake has the real results' shapes, and it tells of wrong arguments."""
     s = torch.randn(2, 3, 4, 5)
     features = [[s], [s], [], [0], [], [], 1.0, None, 1.0, None, 0, True, 1e-6, True, True, 1.0, None, 1.0, None, False]
     boxes = [torch.zeros(0, 5), [4], [5], [8.0], [], 2, False]
     draw, read = (feature_pass.DRAW, boxes), (feature_pass.OP, features)
     op = ops.OPS[joint_pass.OP]["cuda"]
-    op(*joint_pass.pack([draw, read]))
+    packed = joint_pass.pack([draw, read])
+    real = op(*packed)
+    with FakeTensorMode() as mode:
+        fake = torch.ops.kdkernels.detection_distillation.default(
+            *pytree.tree_map_only(Tensor, mode.from_tensor, packed)
+        )
+    for a, b in zip(pytree.tree_leaves(fake), pytree.tree_leaves(real), strict=True):
+        assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
     mask = (feature_pass.OP, [*features[:2], [torch.zeros(2, 4, 5)], *features[3:]])
     small = (feature_pass.DRAW, [boxes[0], [3], *boxes[2:]])
     other = (feature_pass.DRAW, [torch.zeros(4, 4), *boxes[1:]])

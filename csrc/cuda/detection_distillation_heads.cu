@@ -60,6 +60,11 @@ KD_DEVICE void block_of_rows(int64_t block, const Head& head) {
   }
 }
 
+KD_DEVICE void block_of_masks(int64_t block, const MaskTable& table, float* counts) {
+  if (table.draws) return block_of_mask<false>(block, table.drawn, counts);
+  block_of_counts(block, table.counted, counts);
+}
+
 // Two blocks on a processor: all of a kind's registers are all kinds'.
 template <class S, class T>
 KD_GLOBAL(row_threads, 2)

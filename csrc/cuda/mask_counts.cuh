@@ -64,9 +64,4 @@ struct MaskTable {
 };
 static_assert(mask_threads == plan::count_threads, "blocks of both kinds share a launch");
 
-KD_DEVICE void block_of_masks(int64_t block, const MaskTable& table, float* counts) {
-  if (table.draws) return block_of_mask<false>(block, table.drawn, counts);
-  block_of_counts(block, table.counted, counts);
-}
-
 KD_NAMESPACE_END

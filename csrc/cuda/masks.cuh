@@ -81,6 +81,8 @@ struct BoxList {
   }
 };
 
+namespace {
+
 // A thread's four neighbouring cells of a tile. `nearest`: the squared distance to the nearest centre; for ground truth
 // 0, where there is a box.
 struct MaskCells {
@@ -179,6 +181,8 @@ KD_DEVICE void block_of_mask(int64_t block, const DrawTable& table, float* count
     counts[2 * block + 1] = sums[1];
   }
 }
+
+}  // namespace
 
 // Host: the level `k` of a geometry, to be drawn at `mask`.
 inline MaskSegment mask_segment(const MaskGeometry& geometry, int k, float* mask) {
