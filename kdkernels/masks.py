@@ -5,7 +5,7 @@ runs where the boxes are, without a loop over boxes, without a host synchronisat
 so it compiles with ``fullgraph=True`` and, in the flat form, can be captured in a CUDA graph. How boxes are painted may
 change freely as long as the masks stay the same; which cells a box covers is settled in ``_boxes.py``.
 
-On a GPU a kernel draws ground-truth and Gaussian masks, all images and levels in one launch (``csrc/cuda/masks.cu``,
+On a GPU a kernel draws ground-truth and Gaussian masks, all images and levels in one launch (``csrc/cuda/masks.cuh``,
 ``triton/masks.py``): the former to the bit, the latter to a few units in the last place. Under a forced backend only
 boxes on that backend's device go to its kernels.
 
@@ -99,7 +99,12 @@ def _kernel_masks(name: str, rows: Tensor, batch: int, geometry: Geometry) -> li
     backend = ops.backend_for_masks(name, rows)
     if backend == "reference":
         return None
-    return _KERNELS[name][backend](
+    return _KERNELS[name][backend](*_arguments(rows, batch, geometry))
+
+
+def _arguments(rows: Tensor, batch: int, geometry: Geometry) -> tuple[Any, ...]:
+    """What the kernels' ops are given."""
+    return (
         rows.contiguous(),
         [h for h, _ in geometry.sizes],
         [w for _, w in geometry.sizes],
@@ -138,8 +143,11 @@ def ground_truth_masks(
     Source: Guo et al. 2021 (DeFeat), the mask M of eq. 5, and its released code.
     """
     geometry = read_geometry(sizes, strides, assign, base_size, image_size)
-    rows, batch = flatten_boxes(boxes, batch_size)
-    if not sizes:
+    return _ground_truth(*flatten_boxes(boxes, batch_size), geometry)
+
+
+def _ground_truth(rows: Tensor, batch: int, geometry: Geometry) -> list[Tensor]:
+    if not geometry.sizes:
         return []
     drawn = _kernel_masks("ground_truth_masks", rows, batch, geometry)
     if drawn is not None:
@@ -167,6 +175,31 @@ def ground_truth_masks(
         covered = covered.cumsum(1, dtype=torch.int32).cumsum(2, dtype=torch.int32)
         masks.append((covered > 0).to(torch.float32))
     return masks
+
+
+class GroundTruth(Sequence[Tensor]):
+    """:func:`ground_truth_masks` of the levels `places`, drawn when one is asked for: a kernel may draw them itself."""
+
+    def __init__(
+        self, boxes: Boxes, sizes: Sizes, strides: Sequence[float], *, places: Sequence[int], batch_size: int
+    ) -> None:
+        self._geometry = read_geometry(sizes, strides, "scale", None, None)
+        self.boxes, self.batch_size = flatten_boxes(boxes, batch_size)
+        self.places = list(places)
+        self._drawn: list[Tensor] | None = None
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Those of the op `ground_truth_masks`, which gives masks of all levels."""
+        return _arguments(self.boxes, self.batch_size, self._geometry)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, i: Any) -> Any:
+        if self._drawn is None:
+            masks = _ground_truth(self.boxes, self.batch_size, self._geometry)
+            self._drawn = [masks[place] for place in self.places]
+        return self._drawn[i]
 
 
 def _most_cells(geometry: Geometry, k: int) -> int:

@@ -128,3 +128,13 @@ def backend(request, monkeypatch):
         pytest.skip(f"this CPU has no {request.param}")
     with kd.use_backend("cpu"):
         yield request.param
+
+
+@pytest.fixture
+def emulator():
+    """The emulator's handle; architecture and order of threads are restored."""
+    library = emulator_library.load()
+    yield library
+    library.kdkernels_emulator_capability(90)
+    library.kdkernels_emulator_code(0)
+    library.kdkernels_emulator_seed(0)

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from numerics import error
-from objective_cases import EPS, FEATURES, LOGITS, STUDENTS, TERMS
+from objective_cases import EPS, FEATURES, LOGITS, STUDENTS, TERMS, with_leaves
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdkernels as kd
 from kdkernels import ops
@@ -17,6 +18,7 @@ from kdkernels.losses import joint_pass
 
 MAIN = ("masked_mse", "pearson", "decoupled_kl", "bounded_regression")
 HEADS = (*LOGITS, "bounded_regression")
+FIVE = [(2, 4, 20 // 2**i + 1, 30 // 2**i + 1) for i in range(5)]
 Given = dict[str, Any]
 
 
@@ -28,6 +30,12 @@ def used(terms: Any) -> list[bool]:
 
 def clones(x: Any) -> Any:
     return pytree.tree_map_only(Tensor, torch.clone, x)
+
+
+def unchanged(given: Given, before: Given) -> bool:
+    """Whether a call left its tensors as they were."""
+    both = zip(pytree.tree_leaves(given), pytree.tree_leaves(before), strict=True)
+    return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in both if isinstance(a, Tensor))
 
 
 def step(terms: Given, given: Given, upstream: float = 1.0, frozen: tuple[int, ...] = ()) -> tuple[Any, list[Tensor]]:
@@ -55,7 +63,7 @@ def same(monkeypatch: pytest.MonkeyPatch, terms: Given, given: Given, **options:
         patch.setitem(ops.OPS[joint_pass.OP], "cuda", lambda *x: (calls.append(x), joint(*x))[1])
         found, grads = step(terms, given, **options)
     assert len(calls) == 1
-    assert all(torch.equal(a, b) for a, b in zip(pytree.tree_leaves(given), pytree.tree_leaves(before), strict=True))
+    assert unchanged(given, before)
     has_kernel = ops.has_kernel
     with monkeypatch.context() as patch:
         patch.setattr(ops, "has_kernel", lambda op, backend: op != joint_pass.OP and has_kernel(op, backend))
@@ -69,6 +77,32 @@ def same(monkeypatch: pytest.MonkeyPatch, terms: Given, given: Given, **options:
         assert a.keys() == b.keys()
         assert all(x.dim() == 0 and not x.requires_grad and error(x, b[name]) <= 8 * EPS for name, x in a.items())
     return found, grads
+
+
+def launches(emulator: Any, terms: Given, given: Given) -> tuple[int, int]:
+    """Of forward and backward."""
+    given, leaves = with_leaves(given)
+    objective = kd.DetectionDistillationLoss(**terms)
+    before = emulator.kdkernels_emulator_launches()
+    total = objective(**given).total
+    forward = emulator.kdkernels_emulator_launches() - before
+    torch.autograd.grad(total, leaves, allow_unused=True)
+    return forward, emulator.kdkernels_emulator_launches() - before - forward
+
+
+class Operations(TorchDispatchMode):
+    """The names of PyTorch's operations that a call runs, but for those that give another view of the same memory."""
+
+    VIEWS = ("alias", "as_strided", "detach", "select", "slice", "view")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "aten" and func._opname not in self.VIEWS:
+            self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
 
 
 SUBSETS = [MAIN, tuple(TERMS), FEATURES, HEADS, *((name,) for name in TERMS), ("pearson", "temperature_kl")]

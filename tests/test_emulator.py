@@ -231,14 +231,14 @@ def _sanitized(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=tests.parent, env=environment, capture_output=True, text=True)
 
 
-FILES = [*(f"tests/test_{name}.py" for name in LOSSES), "tests/test_joint_pass.py"]
+FILES = [*(f"tests/test_{name}.py" for name in LOSSES), "tests/test_joint_pass.py", "tests/test_joint_boxes.py"]
 
 
 @NO_GPU
 def test_the_sanitizers_find_nothing_in_a_short_list():
     """Odd alignments and shapes of each loss, and of all together, in a process with the sanitizers' runtime."""
     names = "misaligned or 3x17 or 77x81 or pyramid or 3x7x5x11 or 13x17 or every or golden"
-    together = "test_rows_that_do_not_follow_each_other or test_empty_heads"
+    together = "test_rows_that_do_not_follow_each_other or test_empty_heads or test_equals_masks or several_tiles"
     run = _sanitized(*FILES, "-k", f"cuda and (test_error_bound and ({names}) or {together})")
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-6000:]
 

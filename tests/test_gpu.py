@@ -259,10 +259,15 @@ def test_compiled_whole(name):
 
 
 @BACKENDS
+@pytest.mark.parametrize("drawn", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_objective_is_captured_without_a_sync(gpu_backend, dtype):
-    """Every term at once, in a graph that is replayed on new data."""
-    given = torch.utils._pytree.tree_map_only(Tensor, lambda x: x.cuda(), inputs_of(dtype=dtype))
+def test_the_objective_is_captured_without_a_sync(gpu_backend, dtype, drawn):
+    """Every term at once, in a graph that is replayed on new data, its boxes too where the step draws the masks."""
+    given = inputs_of(dtype=dtype)
+    boxes = torch.tensor([[0.0, 4, 4, 60, 50], [1, 20, 0, 130, 78], [-1, 0, 0, 9, 9]])
+    if drawn:
+        given |= {"masks": None, "boxes": boxes, "strides": [4, 8, 16]}
+    given = torch.utils._pytree.tree_map_only(Tensor, lambda x: x.cuda(), given)
     objective = kd.DetectionDistillationLoss(**TERMS, gradient_norms=gpu_backend == "cuda")
 
     def run(called, leaves):
@@ -284,6 +289,8 @@ def test_the_objective_is_captured_without_a_sync(gpu_backend, dtype):
         with torch.no_grad():
             for x in leaves:
                 x.copy_(torch.randn_like(x))
+            if drawn:
+                called["boxes"][:, 1:] -= 8
         graph.replay()
         expected, wanted = run(called, leaves)
     assert torch.equal(total, expected)

@@ -4,15 +4,11 @@ threads, and more than a launch can take.
 
 from __future__ import annotations
 
-from typing import Any
-
-import emulator_library
 import pytest
 import torch
-from joint_cases import MAIN, STRANGE, SUBSETS, Given, same, step, used
+from joint_cases import FIVE, MAIN, STRANGE, SUBSETS, Given, Operations, launches, same, step, used
 from objective_cases import LOGITS, TERMS, assert_equals_the_sum, inputs_of, some, with_leaves
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdkernels as kd
 
@@ -21,28 +17,6 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU here, not in the emulator"),
 ]
 F32, BF16 = torch.float32, torch.bfloat16
-
-
-@pytest.fixture
-def emulator():
-    library = emulator_library.load()
-    yield library
-    library.kdkernels_emulator_capability(90)
-    library.kdkernels_emulator_seed(0)
-
-
-def launches(emulator: Any, terms: Given, given: Given) -> tuple[int, int]:
-    """Of forward and backward."""
-    given, leaves = with_leaves(given)
-    objective = kd.DetectionDistillationLoss(**terms)
-    before = emulator.kdkernels_emulator_launches()
-    total = objective(**given).total
-    forward = emulator.kdkernels_emulator_launches() - before
-    torch.autograd.grad(total, leaves, allow_unused=True)
-    return forward, emulator.kdkernels_emulator_launches() - before - forward
-
-
-FIVE = [(2, 4, 20 // 2**i + 1, 30 // 2**i + 1) for i in range(5)]
 
 
 def with_logits(rows: int, classes: int, dtype: torch.dtype = F32) -> Given:
@@ -121,21 +95,6 @@ def test_the_order_of_threads_changes_nothing(dtype, classes, backend, emulator)
 
 class Unread(Tensor):
     """A mask whose values are not checked: those of the CPU are, where the emulator's are, but not those of a GPU."""
-
-
-class Operations(TorchDispatchMode):
-    """The names of PyTorch's operations that a call runs, but for those that give another view of the same memory."""
-
-    VIEWS = ("alias", "as_strided", "detach", "select", "slice", "view")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "aten" and func._opname not in self.VIEWS:
-            self.names.append(func._opname)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("terms", SUBSETS, ids="+".join)

@@ -48,16 +48,6 @@ def cuda_ops(monkeypatch):
         monkeypatch.setitem(served, "cuda", op)
 
 
-@pytest.fixture
-def emulator():
-    """The emulator's handle; architecture and order of threads are restored."""
-    library = emulator_library.load()
-    yield library
-    library.kdkernels_emulator_capability(90)
-    library.kdkernels_emulator_code(0)
-    library.kdkernels_emulator_seed(0)
-
-
 class Pyramid:
     """Levels of student, teacher and mask, and the terms over them."""
 

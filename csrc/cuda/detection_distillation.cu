@@ -1,8 +1,8 @@
 // Masked MSE and Pearson on the same features, loss and gradient in one pass, on the GPU. First the masks are counted,
-// then each feature is read and its gradient written (feature_plan.h: by which kernel, and what stays on chip), then
-// one block adds up what the others left. Three launches for a pyramid of planes. The losses of a detector's heads ride
-// with the first and the last of them (detection_distillation_heads.cu). Workspace: 20 bytes per block, and for Pearson
-// on channels_last a few thousandths of the features' bytes.
+// or drawn and counted, then each feature is read and its gradient written (feature_plan.h: by which kernel, and what
+// stays on chip), then one block adds up what the others left. Three launches for a pyramid of planes. The losses of a
+// detector's heads ride with the first and the last of them (detection_distillation_heads.cu). Workspace: 20 bytes per
+// block, and for Pearson on channels_last a few thousandths of the features' bytes.
 #include "detection_distillation.h"
 
 #include "detection_distillation_heads.cuh"
@@ -93,7 +93,7 @@ class Pass {
       FinishLevel& f = finish_[size_t(i)];
       f = FinishLevel{};
       f.level = i;
-      const int counts = shape.masked && shape.elements() > 0 ? plan::count_blocks(level.n * level.h * level.w) : 0;
+      const int counts = shape.masked && shape.elements() > 0 ? count_blocks(i) : 0;
       f.region = Region{static_cast<const float*>(level.mask), counts_, counts, level.c, level.n};
       counts_ += counts;
       parts_ += p.blocks;
@@ -165,10 +165,26 @@ class Pass {
     return at;
   }
 
+  // Blocks that count level i's mask.
+  int count_blocks(int i) const {
+    const FeatureLevel& level = levels_[i];
+    if (!objective_.drawing) return plan::count_blocks(level.n * level.h * level.w);
+    const MaskSegment s = drawn_segment(i);
+    return int(divided(level.n * s.tiles, s.per_block));
+  }
+
+  MaskSegment drawn_segment(int i) const {
+    const MaskDrawing& drawing = *objective_.drawing;
+    const int64_t k = objective_.mask_of[i];
+    MaskSegment s = mask_segment(drawing.geometry, int(k), drawing.masks[k]);
+    s.per_block = tiles_per_block(levels_[i].n * s.tiles);
+    return s;
+  }
+
   // The first masks are counted beside the heads, if any of these shares a launch.
   const char* heads_and_masks() {
     int next = 0;
-    CountTable table = next_masks(&next);
+    MaskTable table = next_masks(&next);
     bool counted = false;
     if (heads_.count > 0) {
       if (const char* error = launch_heads(objective_.heads, heads_.count, table, counts_at_, heads_at_, heads_.head,
@@ -177,31 +193,50 @@ class Pass {
       }
     }
     float* at = counts_at_;
-    for (; table.blocks > 0; table = next_masks(&next)) {
-      const Launch how{table.blocks, plan::count_threads, count_scratch_bytes, stream_};
+    for (; table.blocks() > 0; table = next_masks(&next)) {
       if (!counted) {
-        if (const char* error = launch(feature_counts, how, table, at)) return error;
+        const Launch how{table.blocks(), plan::count_threads, count_scratch_bytes, stream_};
+        const char* error =
+            table.draws ? launch_draw(table.drawn, false, at, stream_) : launch(feature_counts, how, table.counted, at);
+        if (error) return error;
       }
       counted = false;
-      at += 2 * table.blocks;
+      at += 2 * table.blocks();
     }
     return nullptr;
   }
 
   // As many masks as a table holds, from level *next on.
-  CountTable next_masks(int* next) const {
-    CountTable table{};
+  MaskTable next_masks(int* next) const {
+    const MaskDrawing* drawing = objective_.drawing;
+    MaskTable table{};
+    table.draws = drawing != nullptr;
+    if (!drawing) {
+      fill(table.counted, next, [&](int i) { return counted_segment(i); });
+      return table;
+    }
+    table.drawn = DrawTable{{}, drawing->boxes, drawing->count, int(drawing->geometry.pictures)};
+    fill(table.drawn.levels, next, [&](int i) { return drawn_segment(i); });
+    return table;
+  }
+  template <class Table, class F>
+  void fill(Table& table, int* next, const F& segment_of) const {
     for (; *next < count_ && table.count < max_segments; ++*next) {
-      const Region& region = finish_[size_t(*next)].region;
-      if (region.counts == 0) continue;
-      const FeatureLevel& level = levels_[*next];
-      CountSegment s{region.mask, level.n * level.h * level.w, 0, 0, region.counts, table.blocks};
-      s.ahead = int(reinterpret_cast<uintptr_t>(region.mask) / sizeof(float) % vector_size);
-      s.per_block = divided(divided(s.ahead + s.pixels, vector_size), s.counted_by) * vector_size;
-      table.blocks += s.blocks();
+      const int blocks = finish_[size_t(*next)].region.counts;
+      if (blocks == 0) continue;
+      auto s = segment_of(*next);
+      s.first_block = table.blocks;
+      table.blocks += blocks;
       table.segment[table.count++] = s;
     }
-    return table;
+  }
+  CountSegment counted_segment(int i) const {
+    const Region& region = finish_[size_t(i)].region;
+    const FeatureLevel& level = levels_[i];
+    CountSegment s{region.mask, level.n * level.h * level.w, 0, 0, region.counts, 0};
+    s.ahead = int(reinterpret_cast<uintptr_t>(region.mask) / sizeof(float) % vector_size);
+    s.per_block = divided(divided(s.ahead + s.pixels, vector_size), s.counted_by) * vector_size;
+    return s;
   }
 
   const char* planes() {

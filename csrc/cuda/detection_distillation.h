@@ -5,6 +5,7 @@
 
 #include "../arguments.h"
 #include "kl_rows.h"
+#include "masks.h"
 #include "row_sums.h"
 
 namespace kdkernels {
@@ -25,7 +26,8 @@ struct Head {
 };
 
 // The levels of a call, none or more, and its heads, at most most_heads. pearson[i]: whether level i is one of
-// Pearson's; a level with a mask is one of masked MSE's.
+// Pearson's; a level with a mask is one of masked MSE's. With a drawing, masks are drawn where they are counted: that
+// of level i is drawing->masks[mask_of[i]].
 struct Objective {
   const FeatureLevel* levels;
   const bool* pearson;
@@ -33,6 +35,8 @@ struct Objective {
   FeatureOptions options;
   const Head* heads;
   int head_count;
+  const MaskDrawing* drawing;  // of ground truth; null: the masks are there
+  const int64_t* mask_of;      // one per level, where there is a drawing
 };
 
 // Floats of workspace that a call needs.

@@ -1,6 +1,7 @@
 // The objective's heads in one launch: some blocks take the rows of a logits' loss, others boxes, others count the
-// masks, and each does what it would do in a launch of that loss's own. Heads are small, so that their launches, not
-// their bytes, are what they cost. A head takes launches of its own, and its sums join the others' all the same, where
+// masks, or draw and count them, and each does what it would do in a launch of its own. Heads are small, so that their
+// launches, not their bytes, are what they cost. A head takes launches of its own, and its sums join the others' all
+// the same, where
 //
 // - a row needs more than one block (rows.cuh: clusters, parts),
 // - its rows are so many that blocks of a launch before should count them (row_counts.cuh),
@@ -42,7 +43,7 @@ struct HeadsTable {
   RowsOfHead<SoftLoss<true>> soft;
   RowsOfHead<BinaryLoss<true>> binary;
   BoxesOfHead boxes;
-  CountTable masks;
+  MaskTable masks;
   float* counts;
 };
 static_assert(sizeof(HeadsTable) <= 4096, "what every driver takes as a kernel's arguments");
@@ -57,6 +58,11 @@ KD_DEVICE void block_of_rows(int64_t block, const Head& head) {
     block_of_rows_in_place<Loss, S, T>(block, head.plan, head.loss, head.student, head.teacher, head.grad, Pass::whole,
                                        results);
   }
+}
+
+KD_DEVICE void block_of_masks(int64_t block, const MaskTable& table, float* counts) {
+  if (table.draws) return block_of_mask<false>(block, table.drawn, counts);
+  block_of_counts(block, table.counted, counts);
 }
 
 // Two blocks on a processor: all of a kind's registers are all kinds'.
@@ -76,7 +82,7 @@ detection_distillation_heads(const HeadsTable table) {
     return block_of_boxes<S, T, S>(block, table.boxes.in, table.boxes.options, table.boxes.sums, table.boxes.grad,
                                    table.boxes.grad_vectors);
   }
-  block_of_counts(block - table.boxes.in.blocks, table.masks, table.counts);
+  block_of_masks(block - table.boxes.in.blocks, table.masks, table.counts);
 }
 
 // The host's side: which heads share the launch, and what it looks like.
@@ -98,11 +104,11 @@ class SharedLaunch {
 
   bool any() const { return heads_ > 0; }
 
-  const char* run(const CountTable& masks, float* counts, void* stream) {
+  const char* run(const MaskTable& masks, float* counts, void* stream) {
     table_.masks = masks;
     table_.counts = counts;
-    if (masks.blocks) needs(count_scratch_bytes);
-    const Launch how{blocks_ + masks.blocks, row_threads, shared_bytes_, stream};
+    if (masks.blocks()) needs(masks.shared_bytes());
+    const Launch how{blocks_ + masks.blocks(), row_threads, shared_bytes_, stream};
     if (student_ == Dtype::float32) return launch(detection_distillation_heads<float, float>, how, table_);
     if (teacher_ == Dtype::bfloat16) return launch(detection_distillation_heads<BFloat16, BFloat16>, how, table_);
     return launch(detection_distillation_heads<BFloat16, float>, how, table_);
@@ -198,7 +204,7 @@ int64_t heads_workspace(const Head* heads, int count) {
   return floats;
 }
 
-const char* launch_heads(const Head* heads, int count, const CountTable& masks, float* counts, float* workspace,
+const char* launch_heads(const Head* heads, int count, const MaskTable& masks, float* counts, float* workspace,
                          RowSums* sums, bool* counted, void* stream) {
   SharedLaunch shared;
   for (int i = 0; i < count; ++i) {

@@ -1,7 +1,8 @@
-// The counts of masks' regions, block by block: a launch of their own (pass_sums.cuh), or one with the heads
-// (detection_distillation_heads.cu).
+// The counts of masks' regions, block by block, of masks as they are or of masks that the blocks draw: a launch of
+// their own, or one with the heads (detection_distillation_heads.cu).
 #pragma once
 
+#include "masks.cuh"
 #include "pieces.cuh"
 #include "reduce.cuh"
 #include "table.cuh"
@@ -45,5 +46,22 @@ KD_DEVICE void block_of_counts(int64_t block, const CountTable& table, float* co
 }
 
 constexpr int count_scratch_bytes = int(sizeof(float)) * 2 * (plan::count_threads / warp_size);
+
+// Host: blocks that draw a level's ground truth and count it, so few that whoever adds up their counts is soon done.
+constexpr int64_t most_draw_blocks = 4 * plan::most_count_blocks;
+inline int tiles_per_block(int64_t tiles) { return int(plan::divided(tiles > 0 ? tiles : 1, most_draw_blocks)); }
+
+// All masks of a launch are drawn, or none is.
+struct MaskTable {
+  bool draws;
+  union {
+    CountTable counted;
+    DrawTable drawn;
+  };
+
+  int64_t blocks() const { return draws ? drawn.levels.blocks : counted.blocks; }
+  int shared_bytes() const { return draws ? BoxList::bytes(false) : count_scratch_bytes; }
+};
+static_assert(mask_threads == plan::count_threads, "blocks of both kinds share a launch");
 
 KD_NAMESPACE_END

@@ -18,9 +18,16 @@ struct MaskGeometry {
 };
 
 // boxes: (count, 5) of float32, contiguous: picture, x1, y1, x2, y2; a picture below 0 is padding. masks[k] is written:
-// (pictures, heights[k], widths[k]), contiguous. `gaussian`: bumps instead of ones. Returns what went wrong, or null.
-const char* draw_masks(const float* boxes, int64_t count, const MaskGeometry& geometry, bool gaussian,
-                       float* const* masks, void* stream);
+// (pictures, heights[k], widths[k]), contiguous.
+struct MaskDrawing {
+  const float* boxes;
+  int64_t count;
+  MaskGeometry geometry;
+  float* const* masks;
+};
+
+// `gaussian`: bumps instead of ones. Returns what went wrong, or null.
+const char* draw_masks(const MaskDrawing& drawing, bool gaussian, void* stream);
 
 }  // namespace cuda
 }  // namespace kdkernels

@@ -9,6 +9,7 @@
 #include "cuda.h"
 #include "decoupled_kl.h"
 #include "detection_distillation.h"
+#include "masks.h"
 #include "packed_calls.h"
 #include "soft_cross_entropy.h"
 
@@ -34,8 +35,8 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> detection_distillation_features(
       masked_mse_weight_tensor, pearson_weight, pearson_weight_tensor, norms);
   const Gpu gpu(student[0]);
   const FeaturePass pass = feature_pass(call, torch::stable::empty_like);
-  run({pass.levels.data(), pass.pearson.get(), pass.count(), call.options, nullptr, 0}, pass.loss, pass.values, nullptr,
-      gpu);
+  run({pass.levels.data(), pass.pearson.get(), pass.count(), call.options, nullptr, 0, nullptr, nullptr}, pass.loss,
+      pass.values, nullptr, gpu);
   return {pass.loss, pass.values, pass.grads};
 }
 
@@ -46,7 +47,8 @@ enum Packed : int64_t {
   packed_temperature_kl,
   packed_soft_cross_entropy,
   packed_binary_kl,
-  packed_bounded_regression
+  packed_bounded_regression,
+  packed_ground_truth_masks
 };
 
 cuda::Head head_of(cuda::Head::Kind kind, const RowCall& call, std::vector<Tensor>& grads) {
@@ -98,11 +100,21 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> detection_distillation(s
   FeaturePass pass{};
   std::vector<Tensor> grads;
   std::vector<cuda::Head> heads;
+  MaskCall boxes{};
+  std::optional<NewMasks> drawn;
   while (!calls.done()) {
     const int64_t packed = calls.integer();
-    if (packed == packed_features) {
+    if (packed == packed_ground_truth_masks) {
+      STD_TORCH_CHECK(heads.empty() && pass.levels.empty() && !drawn, "masks come before features, and once");
+      boxes = calls.call(mask_call);
+      drawn.emplace(boxes);
+    } else if (packed == packed_features) {
       STD_TORCH_CHECK(heads.empty() && pass.levels.empty(), "features come first, and once");
       features = calls.call(feature_call);
+      if (drawn) {
+        STD_TORCH_CHECK(features.mask.empty(), "masks that are drawn, and others");
+        features.mask = drawn->masks;
+      }
       pass = feature_pass(features, torch::stable::empty_like);
       grads = pass.grads;
     } else {
@@ -114,7 +126,10 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> detection_distillation(s
     pass.values = new_buffer(tensors[0], {1, feature_values}, ScalarType::Float);
   }
   Tensor told = new_buffer(tensors[0], {int64_t(heads.size()) + 1, cuda::told_columns}, ScalarType::Float);
-  run({pass.levels.data(), pass.pearson.get(), pass.count(), features.options, heads.data(), int(heads.size())},
+  cuda::MaskDrawing drawing{};
+  if (drawn) drawing = drawn->drawing(boxes);
+  run({pass.levels.data(), pass.pearson.get(), pass.count(), features.options, heads.data(), int(heads.size()),
+       drawn ? &drawing : nullptr, features.mask_of.data()},
       pass.loss, pass.values, floats_of(told), gpu);
   return {pass.loss, told, pass.values, grads};
 }

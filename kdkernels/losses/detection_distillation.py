@@ -120,7 +120,8 @@ class DetectionDistillationLoss(nn.Module):
         student_features, teacher_features: (N, C, H, W), or a list, tuple or dict of levels.
         masks: one (N, H, W) per level of the student, as :func:`masked_mse_loss` takes them; or instead
         boxes, strides: the objects' boxes in pixels and the levels' strides, of which
-            :func:`kdkernels.masks.ground_truth_masks` makes masks.
+            :func:`kdkernels.masks.ground_truth_masks` makes masks. On CUDA the first launch draws them; flat boxes
+            (M, 5), contiguous and float32, need nothing before it.
         student_logits, teacher_logits: (..., C), for all logit terms. foreground: bool per row (``decoupled_kl``);
             target: int64 per row (``soft_cross_entropy``'s hard part); row_weight: a number per row.
         student_deltas, teacher_deltas, target_deltas: (K, 4); delta_weight: a number per row.

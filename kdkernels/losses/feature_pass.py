@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..masks import GroundTruth
 from ..reference.masked_mse import masked_mse_loss
 from ..reference.pearson import pearson_loss
 from .arguments import Scalar, check_scalar, in_arithmetic
@@ -19,6 +20,8 @@ FOREGROUND, BACKGROUND, MASKED_MSE, PEARSON, MASKED_MSE_NORM, PEARSON_NORM, COLU
 NORMALIZERS = ("elements", "pixels", "batch")  # csrc/math/masked_mse.h: Normalizer
 
 OP = "detection_distillation_features"
+JOINT = "detection_distillation"  # joint_pass.py: the op that takes this pass and the heads
+DRAW = "ground_truth_masks"  # ../masks.py
 
 
 def _fake(student, teacher, mask, mask_of, pearson, wanted, *options):
@@ -39,7 +42,7 @@ _op = ops.define(
 
 @dataclass
 class MaskedMSETerm:
-    """Masked MSE's part of a pass. `levels` has its levels, in the order of `masks`."""
+    """Masked MSE's part of a pass. `levels` has its levels, in the order of `masks`, which may still be boxes."""
 
     levels: Sequence[int]
     masks: Sequence[Tensor]
@@ -55,7 +58,7 @@ class MaskedMSETerm:
             masked_mse_loss,
             [students[i] for i in self.levels],
             [teachers[i] for i in self.levels],
-            self.masks,
+            list(self.masks),
             foreground_weight=self.foreground_weight,
             background_weight=self.background_weight,
             normalizer=self.normalizer,
@@ -102,16 +105,16 @@ def feature_pass(
     return _op[backend](*_arguments(students, teachers, wanted, masked_mse, pearson, norms))
 
 
-def _arguments(students, teachers, wanted, masked_mse, pearson, norms):
+def _arguments(students, teachers, wanted, masked_mse, pearson, norms, drawn_there=False):
     m, p = masked_mse or _NO_MASKED_MSE, pearson or _NO_PEARSON
     mask_of = [-1] * len(students)
     for i, level in enumerate(m.levels):
-        mask_of[level] = i
+        mask_of[level] = m.masks.places[i] if drawn_there else i
     like = students[0]
     return (
         list(students),
         list(teachers),
-        [in_arithmetic(mask, like) for mask in m.masks],
+        [] if drawn_there else [in_arithmetic(mask, like) for mask in m.masks],
         mask_of,
         list(p.levels),
         list(wanted),
@@ -145,8 +148,17 @@ def plan(
     def formula(students, teachers):
         return sum(scaled(term.formula(students, teachers), term.loss_weight) for term in terms)
 
-    operands = [*(masked_mse.masks if masked_mse else ()), *(pearson.copies if pearson else ())]
+    boxes = masked_mse.masks if masked_mse and isinstance(masked_mse.masks, GroundTruth) else None
+    if boxes is not None and not ops.has_kernel(JOINT, backend):
+        masked_mse.masks, boxes = list(boxes), None
+
+    def packed(wanted):
+        features = _arguments(students, teachers, wanted, masked_mse, pearson, norms, drawn_there=True)
+        return [(DRAW, boxes.arguments()), (OP, features)]
+
+    operands = [*(masked_mse.masks if masked_mse and boxes is None else ()), *(pearson.copies if pearson else ())]
+    operands += [] if boxes is None else [boxes.boxes]
     weights = [masked_mse.foreground_weight, masked_mse.background_weight] if masked_mse else []
     operands += [x for x in [*weights, *(term.loss_weight for term in terms)] if isinstance(x, Tensor)]
-    call = Call(OP, backend, arguments, lambda values: {"features": values})
+    call = Call(OP, backend, arguments, lambda values: {"features": values}, packed if boxes is not None else None)
     return Plan(backend, students, teachers, call, formula, operands)

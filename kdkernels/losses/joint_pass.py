@@ -19,7 +19,8 @@ from .. import ops
 from . import feature_pass
 from .one_pass import Call, Plan
 
-# csrc/torch/detection_distillation_cuda.cpp: Packed. Features come first, and once.
+# csrc/torch/detection_distillation_cuda.cpp: Packed. Features come first, and once; before them may come their masks'
+# boxes, in which case the features are given no masks.
 PACKED = (
     feature_pass.OP,
     "decoupled_kl_one_pass",
@@ -27,8 +28,9 @@ PACKED = (
     "soft_cross_entropy_one_pass",
     "binary_kl_one_pass",
     "bounded_regression_one_pass",
+    feature_pass.DRAW,
 )
-OP = "detection_distillation"
+OP = feature_pass.JOINT
 MOST_HEADS = 8  # csrc/cuda/row_sums.h: most_heads
 # What the op tells of each call: the features' in the first row, then a row per head.
 LOSS, PARTS, TOLD = 0, slice(1, 3), 3
@@ -97,6 +99,8 @@ def unpack(tensors: Sequence[Tensor], integers: Sequence[int], numbers: Sequence
 def _fake(tensors, integers, numbers):
     grads, heads, levels = [], 0, 0
     for op, arguments in unpack(tensors, integers, numbers):
+        if op == feature_pass.DRAW:
+            continue
         *_, found = ops.OPS[op]["cpu"](*arguments)
         if op == feature_pass.OP:
             grads, levels = [*grads, *found], len(arguments[0])
@@ -160,7 +164,8 @@ def _together(plans: Sequence[Plan]) -> list[int]:
 def _run_together(plans: Sequence[Plan], wanted: Sequence[list[int]]) -> tuple[Tensor, list[list[Tensor]]]:
     """Their loss, and the gradients of each; each keeps what it told."""
     calls = [plan.run for plan in plans]
-    loss, told, values, grads = _op[plans[0].backend](*pack([(c.op, c.arguments(w)) for c, w in zip(calls, wanted)]))
+    packed = [one for call, w in zip(calls, wanted) for one in call.calls(w)]
+    loss, told, values, grads = _op[plans[0].backend](*pack(packed))
     left, found, row = iter(grads), [], 1
     for plan, call, of_plan in zip(plans, calls, wanted):
         if call.op == feature_pass.OP:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..masks import GroundTruth
 from ..reference.masked_mse import masked_mse_loss as formula
 from .arguments import (
     Features,
@@ -137,7 +138,7 @@ def _check_mask(i: int, mask: Tensor, student: Tensor) -> Tensor:
 def check(
     student: Features,
     teacher: Features,
-    mask: Features,
+    mask: Features | GroundTruth,
     *,
     foreground_weight: Scalar = 1.0,
     background_weight: Scalar = 1.0,
@@ -148,14 +149,16 @@ def check(
     """Both sides' levels and the term, as :func:`masked_mse_loss` wants them."""
     students, teachers = check_features(student, teacher)
     both = isinstance(student, Mapping) and isinstance(mask, Mapping)
-    masks = feature_levels("mask", mask, list(student) if both else None)
+    drawn = isinstance(mask, GroundTruth)  # fits as it is
+    masks = mask if drawn else feature_levels("mask", mask, list(student) if both else None)
     if len(masks) != len(students):
         raise ValueError(f"mask has {len(masks)} levels, student has {len(students)}")
     first = students[0]
     for i, (s, t) in enumerate(zip(students, teachers)):
         check_pair(s, t, f"[{i}]")
         check_device(f"student[{i}]", s, first)
-    masks = [_check_mask(i, m, s) for i, (m, s) in enumerate(zip(masks, students))]
+    if not drawn:
+        masks = [_check_mask(i, m, s) for i, (m, s) in enumerate(zip(masks, students))]
     check_scalar("foreground_weight", foreground_weight, first)
     check_scalar("background_weight", background_weight, first)
     check_choice("normalizer", normalizer, NORMALIZERS)

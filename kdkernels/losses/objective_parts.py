@@ -148,8 +148,8 @@ def read_levels(term: str, given: Given) -> Levels:
     return Levels(names or list(range(len(students))), students, teachers)
 
 
-def read_masks(given: Given, levels: Levels) -> list[Tensor]:
-    """One mask per level: as given, or drawn from the boxes."""
+def read_masks(given: Given, levels: Levels, places: Sequence[int]) -> Sequence[Tensor]:
+    """One mask for each of these levels: as given, or of the boxes, to be drawn by whoever needs it."""
     masks, boxes = given["masks"], given["boxes"]
     if (masks is None) == (boxes is None):
         what = "neither masks nor boxes are given" if masks is None else "masks and boxes are both given"
@@ -159,14 +159,18 @@ def read_masks(given: Given, levels: Levels) -> list[Tensor]:
         found = feature_levels("masks", masks, levels.names if both else None)
         if len(found) != len(levels.students):
             raise ValueError(f"masks has {len(found)} levels, student_features has {len(levels.students)}")
-        return found
+        return [found[i] for i in places]
     (strides,) = need("masked_mse with boxes", given, "strides")
     if not isinstance(strides, (list, tuple)):
         raise TypeError(f"strides: expected a list with one entry per level, got {type(strides).__name__}")
     if len(strides) != len(levels.students):
         raise ValueError(f"strides has {len(strides)} levels, student_features has {len(levels.students)}")
-    sizes = [(int(s.shape[2]), int(s.shape[3])) for s in levels.students]
-    return draw.ground_truth_masks(boxes, sizes, strides, batch_size=levels.students[0].shape[0])
+    first = levels.students[0]
+    sizes = [(int(s.shape[2]), int(s.shape[3])) if i in places else (0, 0) for i, s in enumerate(levels.students)]
+    masks = draw.GroundTruth(boxes, sizes, strides, places=places, batch_size=first.shape[0])
+    # What does not fit is drawn, to be refused as any other mask.
+    fits = all(s.shape[0] == first.shape[0] and s.device == masks.boxes.device for s in levels.of(places)[0])
+    return masks if fits and not torch.compiler.is_compiling() else list(masks)
 
 
 def pick(term: str, wanted: Sequence[Any] | None, names: list[Any]) -> list[int]:
@@ -222,8 +226,8 @@ def check_term(name: str, keywords: dict[str, Any], levels: Levels, given: Given
     keywords, factor = split_weight({k: v for k, v in keywords.items() if k != "levels"}, levels.students[0])
     students, teachers = levels.of(places)
     if name == "masked_mse":
-        masks = read_masks(given, levels)
-        students, teachers, term = masked_mse.check(students, teachers, [masks[i] for i in places], **keywords)
+        masks = read_masks(given, levels, places)
+        students, teachers, term = masked_mse.check(students, teachers, masks, **keywords)
         backend = masked_mse.backend_of(students, teachers, term)
     else:
         students, teachers, term = pearson.check(students, teachers, **keywords)

@@ -84,12 +84,19 @@ class Call:
 
     arguments: given the students that need a gradient, by their places, the op's arguments.
     told: what the objective tells apart, from the op's results between the loss and the gradients.
+    packed: the calls, each an op's name and its arguments, that stand for this one where several are packed, if it is
+        not itself.
     """
 
     op: str
     backend: str
     arguments: Callable[[list[int]], Sequence[Any]]
     told: Callable[[Tensor], dict[str, Tensor]] | None = None
+    packed: Callable[[list[int]], list[tuple[str, Sequence[Any]]]] | None = None
+
+    def calls(self, wanted: list[int]) -> list[tuple[str, Sequence[Any]]]:
+        """What to pack."""
+        return self.packed(wanted) if self.packed else [(self.op, self.arguments(wanted))]
 
     def __call__(self, wanted: list[int]) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
         loss, *values, grads = ops.OPS[self.op][self.backend](*self.arguments(wanted))

@@ -31,7 +31,7 @@ from mutant import Mutant  # noqa: E402
 from kdkernels.native import build as builder  # noqa: E402
 
 FLAGS = [flag for flag in emulator_library.FLAGS if not flag.startswith("-W")]  # an unused variable is no discovery
-JOINT = ("tests/test_joint_pass.py", "tests/test_joint_launches.py")  # of the launches that losses share
+JOINT = tuple(f"tests/test_joint_{x}.py" for x in ("pass", "launches", "boxes"))  # of the launches that losses share
 COLUMNS = ("name", "file", "loss", "result", "noticed_by", "note")
 
 
