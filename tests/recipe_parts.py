@@ -124,7 +124,7 @@ def binary_kl(s, t):
 
 
 def rows_kl(student, rows, temperature=1.0):
-    if rows.activation == "softmax":
+    if hasattr(student, "head") or student.activation == "softmax":
         return kl(rows.student, rows.teacher, temperature)
     return temperature**2 * binary_kl(rows.student / temperature, rows.teacher / temperature)
 

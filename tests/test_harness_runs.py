@@ -177,6 +177,8 @@ def test_a_detector_of_ones_own_trains(tmp_path, monkeypatch):
         (["--recipe", "hinton:temperature=0"], "temperature: expected a number above 0"),
         (["--recipe", "pkd:weight=-1"], "weight: expected a number of at least 0"),
         (["--recipe", "fgfi:threshold=7"], "argument --recipe: threshold"),
+        (["--recipe", "fgfi:threshold=7", "--kd-start", "1"], "argument --recipe: threshold"),
+        (["--recipe", "fgfi:threshold=7", "--recipe", "fitnets:hint_steps=1"], "argument --recipe: threshold"),
         (["--recipe", "fitnets:hint_steps=0"], "hint_steps: expected at least 1"),
         ([*MODELS["retinanet"][:2], *MODELS["fcos"][2:], "--recipe", "hinton"], "argument --recipe: dense predictions"),
         (["--model", "faster_rcnn:ratios=1", "--recipe", "chen2017"], "has the teacher's anchors"),

@@ -101,25 +101,29 @@ class Job:
             teacher = self._untrained_teacher()
             for prefix, recipes, changes in rows:
                 try:
-                    student, distillation, _ = self._started(teacher, recipes, compile=False, **changes)
-                    self._dry_step(student, distillation)
+                    how = {"steps": options.training.steps, "compile": False, **changes}
+                    student, distillation, _ = self._started(teacher, recipes, **how)
+                    self._dry_steps(student, distillation)
                 except JobError as error:
                     raise JobError(f"{prefix}{error}" if options.compare else str(error)) from None
                 except ValueError as error:
                     raise JobError(f"{prefix}{error}") from None
 
     @torch.no_grad()
-    def _dry_step(self, student: nn.Module, distillation: Distillation | None) -> None:
-        """A step and a detection of an untrained student, which raise what the first of them would."""
-        count = min(self.options.training.batch_size, 2)
+    def _dry_steps(self, student: nn.Module, distillation: Distillation | None) -> None:
+        """The first and the last distilled step and a detection of an untrained student, which raise what those of the
+        training would: recipes may take turns in its course.
+        """
+        training, when = self.options.training, self.options.kd
+        count = min(training.batch_size, 2)
         images, targets = to_device(*collate([self.train[i % len(self.train)] for i in range(count)]), self.device)
-        objective = alone(student) if distillation is None else distilled(student, distillation)
-        objective(images, targets, 0)
-        if distillation is not None and distillation.needs_unlabeled:
-            pictures = self.unlabeled_batches()(0)
-            nothing = [{**target, "boxes": target["boxes"][:0], "labels": target["labels"][:0]} for target in targets]
-            batch = pictures[:count], (nothing * len(pictures))[: len(pictures[:count])]
-            distillation(distillation.step(student, *batch, unlabeled=True))
+        objective = alone(student)
+        if distillation is not None:
+            unlabeled = self.unlabeled_batches() if distillation.needs_unlabeled else None
+            objective = distilled(student, distillation, unlabeled=unlabeled)
+        end = training.steps if when.stop is None else min(when.stop, training.steps)
+        for index in {when.start, end - 1}:  # the flags see to it that the start comes first
+            objective(images, targets, index)
         student.eval()
         student.detect(images[:1])
 
@@ -148,15 +152,13 @@ class Job:
         if parts:
             count = sum(len(part.state_dict()) for part in (detectors.part_of(student, name) for name in parts))
             self.progress.say(f"{name}: begins with {len(inherited)} of the {count} tensors of {', '.join(parts)}")
-        generators: dict[str, torch.Generator] = {}
         objective, parameters = alone(student), list(student.parameters())
         if distillation is not None:
             unlabeled = self.unlabeled_batches() if distillation.needs_unlabeled else None
             every = self.options.grad_report_every
             objective = distilled(student, distillation, norms_every=every, unlabeled=unlabeled)
             parameters += list(distillation.parameters())
-            generators |= distillation.generators
-        run = self._fit(name, student, objective, settings, parameters, distillation, generators)
+        run = self._fit(name, student, objective, settings, parameters, distillation)
         trained = Student(student, run, distillation, inherited)
         if self.processes.first:
             export(self.options.output_dir, name, trained)  # now: whatever fails later, it is not lost
@@ -179,7 +181,6 @@ class Job:
         settings: TrainSettings,
         parameters: list[nn.Parameter],
         distillation: Distillation | None = None,
-        generators: dict[str, torch.Generator] | None = None,
     ) -> Run:
         checkpoints = None
         if self.folder is not None:
@@ -199,7 +200,6 @@ class Job:
             upkeep=self.options.upkeep,
             checkpoints=checkpoints,
             distillation=distillation,
-            generators=generators,
             interruption=self.interruption,
             processes=self.processes,
         )

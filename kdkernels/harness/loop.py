@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from .checkpoint import Checkpoints
 from .data import to_device, training_batches
+from .distill import Distillation
 from .evaluate import Evaluator, Score
 from .interrupt import Interruption, Stopped
 from .processes import ALONE, Processes
@@ -83,8 +84,7 @@ def fit(
     progress: Progress,
     upkeep: Upkeep = Upkeep(),  # noqa: B008 - frozen
     checkpoints: Checkpoints | None = None,
-    distillation: nn.Module | None = None,
-    generators: Mapping[str, torch.Generator] | None = None,
+    distillation: Distillation | None = None,
     interruption: Interruption | None = None,
     processes: Processes = ALONE,
 ) -> Run:
@@ -95,11 +95,9 @@ def fit(
 
     Args:
         name: what the progress and the records call it.
-        objective: pictures and targets of a batch to losses; those whose names start with ``task/`` are summed into the
-            curve that all runs share.
+        objective: pictures and targets of a batch to losses.
         parameters: all that is trained (the detector's, and an adapter's).
-        distillation: what else belongs into a checkpoint: its parameters are the adapters.
-        generators: by name, what ``objective`` draws from beside the global generators.
+        distillation: what else belongs into a checkpoint: its parameters, the adapters, and what its recipes draw from.
         processes: each trains on its share of a step's pictures.
 
     Raises:
@@ -108,7 +106,8 @@ def fit(
     """
     training = Updates(detector, objective, settings, list(parameters), device, upkeep, processes, name)
     modules = {"student": detector} | ({"distillation": distillation} if distillation is not None else {})
-    state = State(modules, training.optimizer, training.scaler, generators or {}, processes)
+    generators = distillation.generators if distillation is not None else {}
+    state = State(modules, training.optimizer, training.scaler, generators, processes)
     interruption = interruption or Interruption()
     run = Run(name, settings.seed, settings.steps)
     seed_all(settings.seed + processes.rank)  # torchvision's samplers draw from the global generator

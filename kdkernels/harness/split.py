@@ -32,10 +32,11 @@ def measure(
 
     The distillation losses are cut off the student's graph: their backward ends at copies of what they take, and the
     gradient found there enters the student's own backward. The sum is the same gradient, and each part has its own
-    time. ``separate`` is "losses" with one call per loss instead of the objective that reads the features once, on what
-    the student gave. ``distilled`` is a whole step as training takes it, and ``alone`` one without distillation, on the
-    same pictures: means, without the longest, over step numbers from the whole run, as recipes may do other things in
-    their course. Parameters, gradients and running statistics are left as they were.
+    time; they are of the first step at which distillation counts. ``separate`` is "losses" with one call per loss
+    instead of the objective that reads the features once, on what the student gave. ``distilled`` is a whole step as
+    training takes it, and ``alone`` one without distillation, on the same pictures: means, without the longest, over
+    step numbers from the whole run, as recipes may do other things in their course. Parameters, gradients and running
+    statistics are left as they were.
 
     Args:
         unlabeled: as for :func:`~kdkernels.harness.distill.distilled`.
@@ -98,7 +99,7 @@ def _step(
 ) -> dict[str, float]:
     clock, teacher.seconds = teacher.clock, 0.0
     begin = clock()
-    step = distillation.step(student, images, targets)
+    step = distillation.step(student, images, targets, distillation.schedule.start)
     step.teacher = teacher
     dense = {"dense": step.student_dense} if distillation.needs_dense else {}
     losses = student.losses(step.features, targets, **dense)
@@ -137,7 +138,7 @@ def _backward(total: Tensor) -> None:
 def _asked_for(student: nn.Module, distillation: Distillation, images: Tensor, targets: list[dict]) -> list[Hashable]:
     """What the recipes ask of a step, found by asking once."""
     with torch.no_grad():
-        step = distillation.step(student, images, targets)
+        step = distillation.step(student, images, targets, distillation.schedule.start)
         distillation(step)
     return list(step.found)
 

@@ -22,7 +22,7 @@ class State:
     """The parts of a training that a checkpoint holds.
 
     modules: by name; the student's, and the distillation's, whose parameters are its adapters.
-    generators: by name; recipes' own, and that of the unlabelled batches. Each process has its own.
+    generators: by name; the recipes' own. Each process has its own.
     """
 
     modules: Mapping[str, nn.Module]

@@ -87,11 +87,7 @@ class ClassRows(NamedTuple):
     student: Tensor  #: (K, C), with a graph
     teacher: Tensor  #: (K, C)
     labels: Tensor  #: int64 (K,): 0 background, -1 not trained on
-    activation: str  #: "softmax" or "sigmoid"
     average: float | Tensor  #: what a loss divides the sum over rows by
-    student_deltas: Tensor  #: (K, 4), with a graph
-    teacher_deltas: Tensor  #: (K, 4)
-    target_deltas: Tensor  #: (K, 4)
 
 
 @dataclass
@@ -208,6 +204,14 @@ class Step:
 
         return self.once(("masks", kind, assign, threshold, tuple(matching.teacher), tuple(matching.sizes)), make)
 
+    def masked(
+        self, pairs: list[Pair], adapter: nn.Module | None, kind: str, threshold: float = 0.5
+    ) -> dict[str, dict[str, Tensor]]:
+        """Paired levels and their masks as the objective takes them."""
+        matching = self.matching(pairs, adapter)
+        masks = self.masks(matching, kind, threshold=threshold)
+        return {"student_features": matching.student, "teacher_features": matching.teacher, "masks": masks}
+
     def _anchors(self, matching: Matching) -> list[Tensor]:
         """The teacher's anchors of the levels of a matching."""
         features = self.teacher_features
@@ -231,6 +235,24 @@ class Step:
                 with_truth=with_truth,
             ),
         )
+
+    def heads(self, source: str = "teacher", with_truth: bool = False) -> dict[str, Tensor]:
+        """Rows of proposals as the objective takes them. Only rows with an object have a target of their deltas."""
+
+        def make() -> dict[str, Tensor]:
+            rows = self.rows(source, with_truth)
+            return {
+                "student_logits": rows.student_logits,
+                "teacher_logits": rows.teacher_logits,
+                "foreground": rows.foreground,
+                "target": rows.labels,
+                "student_deltas": rows.student_deltas,
+                "teacher_deltas": rows.teacher_deltas,
+                "target_deltas": rows.target_deltas,
+                "delta_weight": rows.foreground.float(),
+            }
+
+        return self.once(("heads", source, with_truth), make)
 
     @property
     def student_dense(self) -> Dense:
@@ -317,33 +339,13 @@ class Step:
         """
         if hasattr(self.student, "head"):
             rows = self.rows(source)
-            return ClassRows(
-                rows.student_logits,
-                rows.teacher_logits,
-                rows.labels,
-                "softmax",
-                float(max(1, len(rows.labels))),
-                rows.student_deltas,
-                rows.teacher_deltas,
-                rows.target_deltas,
-            )
+            return ClassRows(rows.student_logits, rows.teacher_logits, rows.labels, float(max(1, len(rows.labels))))
 
         def make() -> ClassRows:
             mine, theirs = self.dense()
-            matched = self.matched()
-            labels = matched.labels.flatten()
+            labels = self.matched().labels.flatten()
             average = (labels > 0).sum().clamp(min=1).to(torch.float32)
-            logits, deltas = [x.flatten(0, 1) for x in mine[:2]], [x.flatten(0, 1) for x in theirs[:2]]
-            return ClassRows(
-                logits[0],
-                deltas[0],
-                labels,
-                mine.activation,
-                average,
-                logits[1],
-                deltas[1],
-                matched.deltas.flatten(0, 1),
-            )
+            return ClassRows(mine.logits.flatten(0, 1), theirs.logits.flatten(0, 1), labels, average)
 
         return self.once("class rows", make)
 

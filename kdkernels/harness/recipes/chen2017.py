@@ -88,33 +88,16 @@ class Chen2017(Recipe):
         return 0.0 if loss in (*CLASS_LOSSES, *BOX_LOSSES, *RPN_LOSSES) else 1.0
 
     def inputs(self, step: Step) -> dict[str, Any]:
-        rows = step.rows(with_truth=True)
-        given: dict[str, Any] = {
-            "student_logits": rows.student_logits,
-            "teacher_logits": rows.teacher_logits,
-            "target": rows.labels,
-            "student_deltas": rows.student_deltas,
-            "teacher_deltas": rows.teacher_deltas,
-            "target_deltas": rows.target_deltas,
-            "delta_weight": rows.foreground.float(),
-        }
-        if "masked_mse" in self.terms:
-            matching = step.matching(self.pairs, self.hint_adapter)
-            given |= {
-                "student_features": matching.student,
-                "teacher_features": matching.teacher,
-                "masks": step.masks(matching, "all"),
-            }
-        return given
+        rows = step.heads(with_truth=True)
+        return rows | step.masked(self.pairs, self.hint_adapter, "all") if "masked_mse" in self.terms else rows
 
     def extra(self, step: Step) -> dict[str, Tensor]:
         options = self.options
         found = self._rpn(step)
         if options.boxes == "l2":
-            rows = step.rows(with_truth=True)
-            found["l2"] = (options.lambda_ * options.nu) * _to_teacher(
-                rows.student_deltas, rows.teacher_deltas, rows.foreground.float(), None
-            )
+            rows = step.heads(with_truth=True)
+            share = _to_teacher(rows["student_deltas"], rows["teacher_deltas"], rows["delta_weight"], None)
+            found["l2"] = (options.lambda_ * options.nu) * share
         if self.pairs and options.hint_loss == "l1":
             matching = step.matching(self.pairs, self.hint_adapter)
             levels = [F.l1_loss(x.float(), matching.teacher[name].float()) for name, x in matching.student.items()]

@@ -72,21 +72,5 @@ class Combined(Recipe):
             }
 
     def inputs(self, step: Step) -> dict[str, Any]:
-        matching = step.matching(self.pairs, self.neck_adapter)
-        given: dict[str, Any] = {
-            "student_features": matching.student,
-            "teacher_features": matching.teacher,
-            "masks": step.masks(matching, "gt"),
-        }
-        if self.head:
-            rows = step.rows()
-            given |= {
-                "student_logits": rows.student_logits,
-                "teacher_logits": rows.teacher_logits,
-                "foreground": rows.foreground,
-                "student_deltas": rows.student_deltas,
-                "teacher_deltas": rows.teacher_deltas,
-                "target_deltas": rows.target_deltas,
-                "delta_weight": rows.foreground.float(),  # only rows with an object have a target
-            }
-        return given
+        features = step.masked(self.pairs, self.neck_adapter, "gt")
+        return features | step.heads() if self.head else features

@@ -97,14 +97,9 @@ class DeFeat(Recipe):
             masks = self._masks(step, matching)
             given |= {"student_features": matching.student, "teacher_features": matching.teacher, "masks": masks}
         if self.head:
-            rows = step.rows(self.options.proposals)
-            given |= {
-                "student_logits": rows.student_logits,
-                "teacher_logits": rows.teacher_logits,
-                "foreground": rows.foreground,
-            }
+            given |= step.heads(self.options.proposals)
             if self.options.rows == "subneg":
-                given["row_weight"] = self._sampled(rows.foreground)
+                given["row_weight"] = self._sampled(given["foreground"])
         return given
 
     def extra(self, step: Step) -> dict[str, Tensor]:

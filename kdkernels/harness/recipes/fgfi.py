@@ -43,9 +43,4 @@ class FGFI(Recipe):
         }
 
     def inputs(self, step: Step) -> dict[str, Any]:
-        matching = step.matching(self.pairs, self.neck_adapter)
-        return {
-            "student_features": matching.student,
-            "teacher_features": matching.teacher,
-            "masks": step.masks(matching, "fine", threshold=self.options.threshold),
-        }
+        return step.masked(self.pairs, self.neck_adapter, "fine", self.options.threshold)

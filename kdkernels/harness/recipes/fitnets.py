@@ -65,9 +65,4 @@ class FitNets(Recipe):
         return float(not self.hints(step))
 
     def inputs(self, step: Step) -> dict[str, Any]:
-        matching = step.matching(self.pairs, self.neck_adapter)
-        return {
-            "student_features": matching.student,
-            "teacher_features": matching.teacher,
-            "masks": step.masks(matching, "all"),
-        }
+        return step.masked(self.pairs, self.neck_adapter, "all")

@@ -34,7 +34,11 @@ class Logits(Recipe):
 
     def extra(self, step: Step) -> dict[str, Tensor]:
         rows = step.class_rows(self.options.proposals)
-        return {"logits": self.options.weight * squared(rows, rows.teacher)}
+        return {"logits": self.options.weight * squared(rows, self.taught(rows.teacher))}
+
+    def taught(self, logits: Tensor) -> Tensor:
+        """What the teacher's logits (K, C) become before they are learnt."""
+        return logits
 
 
 def squared(rows: ClassRows, teacher: Tensor) -> Tensor:

@@ -34,9 +34,4 @@ class Mimic(Recipe):
         self.terms["masked_mse"] = {"foreground_weight": options.weight, "background_weight": 0.0}
 
     def inputs(self, step: Step) -> dict[str, Any]:
-        matching = step.matching(self.pairs, self.neck_adapter)
-        return {
-            "student_features": matching.student,
-            "teacher_features": matching.teacher,
-            "masks": step.masks(matching, "all"),
-        }
+        return step.masked(self.pairs, self.neck_adapter, "all")

@@ -50,21 +50,5 @@ class TADF(Recipe):
         return 1 - step.index / step.steps if self.options.decay == "linear" else 1.0
 
     def inputs(self, step: Step) -> dict[str, Any]:
-        matching = step.matching(self.pairs, self.neck_adapter)
-        given: dict[str, Any] = {
-            "student_features": matching.student,
-            "teacher_features": matching.teacher,
-            "masks": step.masks(matching, "gaussian"),
-        }
-        if self.head:
-            rows = step.rows()
-            given |= {
-                "student_logits": rows.student_logits,
-                "teacher_logits": rows.teacher_logits,
-                "foreground": rows.foreground,
-                "student_deltas": rows.student_deltas,
-                "teacher_deltas": rows.teacher_deltas,
-                "target_deltas": rows.target_deltas,
-                "delta_weight": rows.foreground.float(),
-            }
-        return given
+        features = step.masked(self.pairs, self.neck_adapter, "gaussian")
+        return features | step.heads() if self.head else features
