@@ -122,6 +122,9 @@ def parser() -> argparse.ArgumentParser:
         help="the weights that keys change: the papers', or those for small scenes (default: scenes if no --data-path)",
     )
     add("--compare", metavar="RECIPE", nargs="+", default=[], help=COMPARE)
+    add("--seeds", type=int, default=1, help="of each row of --compare, from --seed on (default: %(default)s)")
+    longer = "train the student alone as long as each row of --compare takes, as well (default: yes)"
+    add("--equal-time", action=argparse.BooleanOptionalAction, default=True, help=longer)
     add(
         "--proposals",
         type=int,

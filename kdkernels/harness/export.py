@@ -24,15 +24,19 @@ def export(folder: Path, name: str, student: Any) -> Path:
     """
     save = require("safetensors.torch", "the students' weights").save_file
     (folder / FOLDER).mkdir(exist_ok=True)
-    stem = re.sub(r"[^\w.+=-]+", "-", name).strip("-")
-    detector = student.detector
+    detector, path = student.detector, file_of(folder, name)
     # Its own names, whatever size of pictures it was shown.
-    path = folder / FOLDER / f"{stem}.safetensors"
     save(_state(detector.detector if isinstance(detector, Rescaled) else detector), path)
     adapters = {} if student.distillation is None else _state(student.distillation)
     if adapters:
-        save(adapters, path.with_name(f"{stem}.adapters.safetensors"))
+        save(adapters, path.with_suffix(".adapters.safetensors"))
     return path
+
+
+def file_of(folder: Path, name: str) -> Path:
+    """Where the weights of the student of that name are."""
+    stem = re.sub(r"[^\w.+=-]+", "-", name).strip("-")
+    return folder / FOLDER / f"{stem}.safetensors"
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:

@@ -50,6 +50,7 @@ def parse(line: argparse.ArgumentParser, argv: list[str]) -> Options:
         ("--teacher-steps", args.teacher_steps, 1),
         ("-b/--batch-size", args.batch_size, 1),
         ("--seed", args.seed, 0),
+        ("--seeds", args.seeds, 1),
         ("-j/--workers", args.workers, 0),
         ("--proposals", args.proposals, 1),
         ("--grad-report-every", args.grad_report_every, 0),
@@ -62,8 +63,10 @@ def parse(line: argparse.ArgumentParser, argv: list[str]) -> Options:
     ):
         if value is not None and value < least:
             line.error(f"argument {flag}: must be at least {least}, got {value}")
-    if args.seed >= 2**63:
-        line.error(f"argument --seed: must be below 2^63, got {args.seed}")
+    if args.seed + args.seeds > 2**63:
+        line.error(f"argument --seed: must be below 2^63, got {args.seed} and {args.seeds} seeds")
+    if args.seeds > 1 and not args.compare:
+        line.error("argument --seeds: is of --compare, which is not given")
     if not 0 < args.lr < float("inf"):
         line.error(f"argument --lr: must be a positive number, got {args.lr}")
     for flag, value, most in (
@@ -162,6 +165,8 @@ def parse(line: argparse.ArgumentParser, argv: list[str]) -> Options:
         teacher_steps=teacher_steps,
         recipes=recipes,
         compare=compared,
+        seeds=args.seeds,
+        equal_time=args.equal_time,
         inherit=_parts(args.inherit),
         freeze=_parts(args.freeze),
         proposals=args.proposals,

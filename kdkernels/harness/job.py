@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import kdkernels as kd
 
-from . import detectors
+from . import detectors, split
 from .cache import TeacherCache, key_of
 from .data import DataError, collate, to_device, training_batches
 from .detectors.rescaled import Rescaled
@@ -136,25 +136,36 @@ class Job:
         return FrozenTeacher(teacher, dtype), run
 
     def student(
-        self, name: str, steps: int, teacher: FrozenTeacher, recipes: Sequence[RecipeText] = (), **changes: Any
+        self,
+        name: str,
+        steps: int,
+        teacher: FrozenTeacher,
+        recipes: Sequence[RecipeText] = (),
+        *,
+        seed: int | None = None,
+        **changes: Any,
     ) -> Student:
         """Train a student.
 
         Args:
             name: what progress and records call it.
             recipes: none: alone, by the detector's own losses.
+            seed: of the weights, the order of the pictures and what the recipes draw; None: the run's.
             changes: of the options, for this student: ``inherit``, ``freeze``.
         """
         settings = self.options.training.lasting(steps)
-        torch.manual_seed(settings.seed)  # every student starts from the same weights
-        student, distillation, inherited = self._started(teacher.detector, recipes, teacher, steps, **changes)
+        if seed is not None:
+            settings = replace(settings, seed=seed)
+        torch.manual_seed(settings.seed)  # every student of a seed starts from the same weights
+        how = {"training": settings, **changes}
+        student, distillation, inherited = self._started(teacher.detector, recipes, teacher, steps, **how)
         parts = changes.get("inherit", self.options.inherit)
         if parts:
             count = sum(len(part.state_dict()) for part in (detectors.part_of(student, name) for name in parts))
             self.progress.say(f"{name}: begins with {len(inherited)} of the {count} tensors of {', '.join(parts)}")
         objective, parameters = alone(student), list(student.parameters())
         if distillation is not None:
-            unlabeled = self.unlabeled_batches() if distillation.needs_unlabeled else None
+            unlabeled = self.unlabeled_batches(settings) if distillation.needs_unlabeled else None
             every = self.options.grad_report_every
             objective = distilled(student, distillation, norms_every=every, unlabeled=unlabeled)
             parameters += list(distillation.parameters())
@@ -309,9 +320,22 @@ class Job:
                 self.progress.say(f"warning: the teacher cannot be kept: {error}")
         return teacher, run
 
-    def unlabeled_batches(self) -> UnlabeledBatches:
-        """Batch after batch of the pictures without ground truth."""
-        return UnlabeledBatches(self.unlabeled, self.options.training, self.processes, self.device)
+    def unlabeled_batches(self, settings: TrainSettings | None = None) -> UnlabeledBatches:
+        """Batch after batch of the pictures without ground truth; by the run's settings, or those of a student."""
+        return UnlabeledBatches(self.unlabeled, settings or self.options.training, self.processes, self.device)
+
+    def loaded(self, path: Any) -> nn.Module:
+        """The student whose weights a file holds, as :func:`~kdkernels.harness.export.export` wrote it."""
+        student, _, _ = self._started(self._untrained_teacher(), [], weights=path, inherit=(), freeze=(), compile=False)
+        return student
+
+    def split(self, student: Student, steps: int = 12) -> dict[str, float]:
+        """Where the time and the memory of a distillation step go: :func:`kdkernels.harness.split.measure`."""
+        unlabeled = self.unlabeled_batches() if student.distillation.needs_unlabeled else None
+        steps = min(steps, self.options.training.steps)
+        how = {"steps": steps, "unlabeled": unlabeled}
+        training = self.options.training
+        return split.measure(student.detector, student.distillation, self.train, training, self.device, **how)
 
     def settings(self) -> dict[str, Any]:
         """What makes the run, for its records."""
@@ -328,6 +352,7 @@ class Job:
             "teacher_steps": options.teacher_steps,
             "recipes": [{"text": recipe.text, "options": asdict(recipe.options)} for recipe in options.recipes],
             "compare": [row.title for row in options.compare],
+            "seeds": options.seeds,
             "inherit": list(options.inherit),
             "freeze": list(options.freeze),
             "student_scale": options.student_scale,

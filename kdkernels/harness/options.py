@@ -47,6 +47,8 @@ class Options:
     teacher_steps: int
     recipes: list[RecipeText]
     compare: list[Row]
+    seeds: int
+    equal_time: bool
     inherit: tuple[str, ...]
     freeze: tuple[str, ...]
     proposals: int

@@ -1,7 +1,10 @@
-"""How long a distillation step spends in teacher, student and losses, and a step alone. Only this measurement."""
+"""How long a distillation step spends in teacher, student and losses, a step alone, and how much memory both hold. Only
+this measurement.
+"""
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Hashable
@@ -35,8 +38,9 @@ def measure(
     time; they are of the first step at which distillation counts. ``separate`` is "losses" with one call per loss
     instead of the objective that reads the features once, on what the student gave. ``distilled`` is a whole step as
     training takes it, and ``alone`` one without distillation, on the same pictures: means, without the longest, over
-    step numbers from the whole run, as recipes may do other things in their course. Parameters, gradients and running
-    statistics are left as they were.
+    step numbers from the whole run, as recipes may do other things in their course. ``memory`` and ``memory_alone`` are
+    the bytes that PyTorch holds at most in such a step beyond what stood before it, gradients included. Parameters,
+    gradients and running statistics are left as they were.
 
     Args:
         unlabeled: as for :func:`~kdkernels.harness.distill.distilled`.
@@ -57,17 +61,44 @@ def measure(
             times[part].append(seconds)
         # In turn with the other, so that whatever else the machine does weighs on both alike.
         index = distillation.steps * max(0, number - 2) // steps
-        begin = clock()
-        sum(objective(images, targets, index).summed.values()).backward()
-        times["distilled"].append(clock() - begin)
-        begin = clock()
-        sum(student.losses(student.features(images), targets).values()).backward()
-        times["alone"].append(clock() - begin)
+        steps_of = {
+            "distilled": lambda: sum(objective(images, targets, index).summed.values()).backward(),  # noqa: B023
+            "alone": lambda: sum(student.losses(student.features(images), targets).values()).backward(),  # noqa: B023
+        }
+        for kind, step in steps_of.items():
+            begin = clock()
+            step()
+            times[kind].append(clock() - begin)
+    memory = {}
+    for kind, step in steps_of.items():  # of the last pictures
+        student.zero_grad(set_to_none=True)
+        distillation.zero_grad(set_to_none=True)
+        memory["memory" if kind == "distilled" else "memory_alone"] = _peak(step, device)
     student.zero_grad(set_to_none=True)
     distillation.zero_grad(set_to_none=True)
     student.load_state_dict(before)
     found = {part: statistics.median(values[2:]) for part, values in times.items()}
-    return found | {part: _mean(times[part][2:]) for part in ("distilled", "alone")}
+    return found | {part: _mean(times[part][2:]) for part in ("distilled", "alone")} | memory
+
+
+def _peak(step: Callable[[], object], device: torch.device) -> int:
+    """The bytes that PyTorch's allocator has given out at most while ``step`` runs, beyond those before."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its lines would stand among the progress
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
 
 
 def _mean(values: list[float]) -> float:

@@ -113,9 +113,9 @@ def _work(options: flags.Options, interruption: Any, processes: Any) -> int:
                 folder=folder, interruption=interruption, processes=processes,
             )  # fmt: skip
             if options.compare:
-                from .compare import run as compare
+                from . import compare
 
-                compare(job, begin)
+                compare.run(job, begin)
             else:
                 run(job, begin)
             folder.finish()
@@ -152,8 +152,7 @@ def _folder(options: flags.Options, identity: dict[str, Any], unlabeled: str | N
 
 def _test(job: Any) -> int:
     """Score the student of ``--weights``."""
-    student, _, _ = job._started(job._untrained_teacher(), [])
-    score = job.evaluator(student)
+    score = job.evaluator(job.loaded(job.options.weights))
     for name, value in score._asdict().items():
         print(f"{name:<12}{value:9.4f}")
     print(f"\nScored on {len(job.val)} pictures: {job.options.weights}")
@@ -214,7 +213,7 @@ def _unlabeled(options: flags.Options) -> Any:
 
 def run(job: Any, begin: float) -> None:
     """The main job: train everything and report."""
-    from . import report, split
+    from . import report
 
     options, steps = job.options, job.options.training.steps
     # Kernels that are not built yet are built now: half a minute that would else count as the student's first step.
@@ -226,18 +225,7 @@ def run(job: Any, begin: float) -> None:
     if options.inherit or options.freeze:  # so that nobody takes for distillation what the copied weights alone give
         students["inherited"] = job.student("inherited", steps, teacher)
     first = students["distilled"]
-    parts = job.decide(
-        "parts",
-        lambda: split.measure(
-            first.detector,
-            first.distillation,
-            job.train,
-            options.training,
-            job.device,
-            steps=min(12, steps),
-            unlabeled=job.unlabeled_batches() if first.distillation.needs_unlabeled else None,
-        ),
-    )
+    parts = job.decide("parts", lambda: job.split(first))
     # Fixed before that training begins: a number of steps like any other, not a race with the clock. The two kinds of
     # step were timed in turn: two runs, minutes apart, would compare what else the machine did.
     ratio = parts["distilled"] / parts["alone"]
