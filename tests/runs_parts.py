@@ -19,7 +19,7 @@ TINY = [
 ]
 #: Recipes that draw from generators of their own, one with adapters.
 ROWS = ["none", "defeat:masks=random,rows=subneg+noisy-teacher", "pkd:adapter=true"]
-COMPARE = [*TINY, "--steps", "4", "--compare", *ROWS, "--checkpoint-every", "1"]
+COMPARE = [*TINY, "--steps", "4", "--compare", *ROWS, "--no-equal-time", "--checkpoint-every", "1"]
 
 
 def weights(folder: Path) -> dict[str, Any]:

@@ -91,20 +91,20 @@ def test_the_default_trains_as_before():
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_published_schedules_set_flags_and_flags_that_are_given_win(name):
-    found = options("--schedule", name).resolved(118_000)
+    found = options("--preset", name).resolved(118_000)
     training = found.training
     assert (training.optimizer, training.momentum, training.weight_decay) == ("sgd", 0.9, 1e-4)
     rounds = 24 if "pkd" in name else 12
     assert training.batch_size == 16 and training.steps == rounds * 7375
     factors = [learning_rate(step, training) for step in (0, 499, training.steps // 2, training.steps - 1)]
-    voc = name == "voc-defeat"
+    voc = name == "defeat-voc"
     assert factors == pytest.approx([1 / 3 + 2 / 3 / 500, 1, 1, 0.1 if voc else 0.01])
-    assert training.lr == (0.01 if voc or "retinanet" in name else 0.02) and training.clip == (35 if voc else 0)
+    assert training.lr == (0.01 if voc or "retina" in name else 0.02) and training.clip == (35 if voc else 0)
     assert (found.image_size, found.max_size) == ((608, 1000) if voc else (800, 1333))
     (recipe,) = found.recipes
     weights = {"defeat": (4, 16), "voc": (3, 12)}["voc" if voc else "defeat"]
     assert "pkd" in name or (recipe.options.foreground, recipe.options.background) == weights
-    mine = options("--schedule", name, "--lr", "0.1", "--steps", "7", "--recipe", "cwd", "--max-size", "900")
+    mine = options("--preset", name, "--lr", "0.1", "--steps", "7", "--recipe", "cwd", "--max-size", "900")
     assert mine.training.lr == 0.1 and mine.resolved(118_000).training.steps == 7
     assert mine.recipes[0].text == "cwd" and mine.max_size == 900 and mine.training.batch_size == 16
 
@@ -127,7 +127,7 @@ def test_published_schedules_set_flags_and_flags_that_are_given_win(name):
         (["--kd-start", "late"], "--kd-start"),
         (["--kd-warmup", "-3"], "--kd-warmup"),
         (["--amp", "int8"], "--amp"),
-        (["--schedule", "mine"], "--schedule"),
+        (["--preset", "mine"], "--preset"),
         (["--on-nan", "hope"], "--on-nan"),
         (["--checkpoint-every", "-1"], "--checkpoint-every"),
         (["--print-freq", "0"], "--print-freq"),

@@ -24,8 +24,9 @@ Everything is seeded; other seeds need another --seed, and one seed says little.
 on with --resume and its folder, and ends as if it had not been.
 
 LENGTH is steps (500, 500s) or epochs, rounds through the pictures (2e). Under torchrun each process trains on its share
-of a step's pictures: --batch-size is of each. schedules (mmdetection's, untested here at that scale; flags that are
-given win):
+of a step's pictures: --batch-size is of each.
+
+presets that are a whole training (mmdetection's schedules, untested here at that scale; flags that are given win):
 {schedules}
 
 recipes and their keys:
@@ -118,8 +119,9 @@ def parser() -> argparse.ArgumentParser:
     )
     add(
         "--preset",
-        choices=PRESETS,
-        help="the weights that keys change: the papers', or those for small scenes (default: scenes if no --data-path)",
+        choices=(*PRESETS, *SCHEDULES),
+        help="the weights that keys change: the papers', or those for small scenes (default: scenes if no --data-path)"
+        "; or a paper's whole training, see below",
     )
     add("--compare", metavar="RECIPE", nargs="+", default=[], help=COMPARE)
     add("--seeds", type=int, default=1, help="of each row of --compare, from --seed on (default: %(default)s)")
@@ -169,7 +171,6 @@ def parser() -> argparse.ArgumentParser:
 
 def _training(line: argparse.ArgumentParser) -> None:
     add = line.add_argument_group("training").add_argument
-    add("--schedule", choices=SCHEDULES, help="a published schedule and recipe; see below")
     add("--steps", type=int, default=250, help="steps of a student (default: %(default)s)")
     add("--epochs", type=int, help="rounds through the pictures, instead of --steps")
     add("-b", "--batch-size", type=int, default=8, help="pictures of a forward (default: %(default)s)")

@@ -38,11 +38,11 @@ def parse(line: argparse.ArgumentParser, argv: list[str]) -> Options:
         args = _joined(line, stored, argv)
         args.output_dir = args.resume
     given = {**_explicit(stored), **_explicit(argv)}
-    if args.schedule is not None:
-        for name, value in SCHEDULES[args.schedule].items():
-            # Steps that are given are instead of its epochs, as a whole recipe is instead of its own.
-            if name not in given and not (name == "epochs" and "steps" in given):
-                setattr(args, name, value)
+    schedule = SCHEDULES.get(args.preset, {})
+    for name, value in schedule.items():
+        # Steps that are given are instead of its epochs, as a whole recipe is instead of its own.
+        if name not in given and not (name == "epochs" and "steps" in given):
+            setattr(args, name, value)
     if "steps" in given and "epochs" in given:
         line.error("argument --epochs: --steps says the same thing; give one of them")
     for flag, value, least in (
@@ -137,7 +137,7 @@ def parse(line: argparse.ArgumentParser, argv: list[str]) -> Options:
     _check_amp(line, args.amp, device)
     if args.compare and (args.recipe or args.inherit or args.freeze):
         line.error("argument --compare: does not go with --recipe, --inherit and --freeze; write them into the rows")
-    preset = args.preset or ("published" if data_path else "scenes")
+    preset = "published" if schedule else args.preset or ("published" if data_path else "scenes")
     recipes = _recipes(line, "--recipe", args.recipe or ["combined"], preset)
     compared = _compared(line, args.compare, preset)
     used = [recipe for row in compared for recipe in row.recipes] if compared else recipes
