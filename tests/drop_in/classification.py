@@ -117,7 +117,7 @@ BY_HAND = Library(
         Missing("`F.mse_loss`, `F.l1_loss`, `F.smooth_l1_loss` of logits or boxes", "PyTorch has them: keep them"),
         Missing(
             "KD-Lib's default, `nn.MSELoss` or `nn.KLDivLoss` on probabilities",
-            "not a KL; the row for `nn.KLDivLoss` has what was meant",
+            "not a KL; the row for `nn.KLDivLoss` has what was meant (its trainers take the teacher FIRST)",
         ),
     ],
 )
@@ -192,15 +192,15 @@ TORCHDISTILL = Library(
     names={"KDLoss": KDLoss},
     rows=[
         Row(
-            "KDLoss(..., temperature=temperature, alpha=alpha)",
+            "KDLoss(..., temperature=temperature, alpha=alpha)(student_io_dict, teacher_io_dict, targets)",
             "alpha * F.cross_entropy(logits_s, targets) "
             "+ (1 - alpha) * kd.temperature_kl_loss(logits_s, logits_t, temperature=temperature)",
             "rows",
-            "the same",
+            'the same; `logits_s` is `student_io_dict[path]["output"]`, `logits_t` the teacher\'s',
             runs=f"{_THEIRS}, alpha=alpha){_CAUGHT}",
         ),
         Row(
-            "KDLoss(..., temperature=temperature, alpha=alpha, beta=beta)",
+            "KDLoss(..., temperature=temperature, alpha=alpha, beta=beta)(student_io_dict, teacher_io_dict, targets)",
             "alpha * F.cross_entropy(logits_s, targets) "
             "+ beta * kd.temperature_kl_loss(logits_s, logits_t, temperature=temperature)",
             "rows",
@@ -208,7 +208,7 @@ TORCHDISTILL = Library(
             runs=f"{_THEIRS}, alpha=alpha, beta=beta){_CAUGHT}",
         ),
         Row(
-            "KDLoss(..., temperature=temperature, beta=beta)",
+            "KDLoss(..., temperature=temperature, beta=beta)(student_io_dict, teacher_io_dict, targets)",
             "kd.temperature_kl_loss(logits_s, logits_t, temperature=temperature) / temperature**2",
             "rows",
             "without alpha (or with 0, or without targets) theirs drops beta and T²",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 
 from . import Library, Missing, Row
@@ -22,6 +23,8 @@ def neck_loss(students, teachers, masks, fg_w, bg_w):
 def KLDivergenceLoss(y, teacher, mask=None, T=1):
     if mask is None:
         return T**2 * kl(y, teacher, T, 1).sum() / len(y)
+    if not mask.any():
+        return torch.zeros(1)
     return T**2 * kl(y[mask], teacher[mask], T, 1).sum() / mask.sum()
 
 
@@ -63,7 +66,7 @@ PAPERS = Library(
             "DeFeat, `losskd_neck + losskd_neck_back` (hint_neck_w, hint_neck_back_w)",
             "kd.masked_mse_loss(s, t, masks, foreground_weight=fg_w, background_weight=bg_w)",
             "levels",
-            "the same: twice pixels x channels per region, mean over levels",
+            "the same: twice pixels x channels per region, mean over levels (also United-Perception's port)",
             "theirs has shape (1,) and a float64 accumulator; some of its masks differ from `kd.masks`, whose "
             "docstrings "
             "say where",

@@ -26,6 +26,8 @@ def ForwardKLLoss(ignore_index=-100):
     def forward(student_logits, teacher_logits, labels, normalize=True):
         tokens = -(F.softmax(teacher_logits, -1) * F.log_softmax(student_logits, -1)).sum(-1)
         kept = labels != ignore_index
+        if not kept.any():
+            return torch.zeros(())
         return (tokens * kept).sum() / (kept.sum() if normalize else 1)
 
     return forward
@@ -72,7 +74,8 @@ LANGUAGE = Library(
             "kd.soft_cross_entropy_loss(student_logits, teacher_logits, target=labels)",
             "tokens",
             "torchtune: the same (in name a KL, in value a cross-entropy)",
-            "theirs drops a class whose student logit is infinite; ours gives inf where the teacher has it",
+            "all ignored: theirs is 0 without a graph, after a host sync; it drops a class whose student logit is "
+            "infinite, ours gives inf where the teacher has it",
         ),
         Row(
             "ForwardKLLoss()(student_logits, teacher_logits, labels, normalize=False)",

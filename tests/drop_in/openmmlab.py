@@ -105,6 +105,7 @@ MMRAZOR = Library(
             "kd.TemperatureKLLoss(temperature=tau, loss_weight=w)(preds_S, preds_T)",
             "rows",
             "the same: T², divided by the rows",
+            "mmrazor 0.x had the cross-entropy there: larger by the teacher's entropy, the same gradient",
         ),
         Row(
             "KLDivergence(tau=tau, reduction='mean', loss_weight=w)(preds_S, preds_T)",
