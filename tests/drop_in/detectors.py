@@ -63,7 +63,7 @@ PAPERS = Library(
     names={f.__name__: f for f in (neck_loss, KLDivergenceLoss, bounded_regression_loss)},
     rows=[
         Row(
-            "DeFeat, `losskd_neck + losskd_neck_back` (hint_neck_w, hint_neck_back_w)",
+            "DeFeat, `losskd_neck + losskd_neck_back` (fg_w, bg_w: its `hint_neck_w`, `hint_neck_back_w`)",
             "kd.masked_mse_loss(s, t, masks, foreground_weight=fg_w, background_weight=bg_w)",
             "levels",
             "the same: twice pixels x channels per region, mean over levels (also United-Perception's port)",
@@ -151,7 +151,7 @@ PAPERS = Library(
     missing=[
         Missing(
             "DeFeat's `l1loss` (boxes)",
-            "the smaller of |s - t| and |s - gt| per coordinate: another loss than the paper's bound",
+            "the smaller of abs(s - t) and abs(s - gt): another loss than the paper's bound",
         ),
         Missing(
             "DeFeat's `pixel-wise` with `L1` or `Div`, `BCE-fore`, `BCE-correct`",

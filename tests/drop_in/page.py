@@ -21,19 +21,23 @@ def _code(text: str) -> str:
     return f"`{text}`"
 
 
+def _line(*cells: str) -> str:
+    assert not any("|" in cell for cell in cells), f"{cells[0]}: a bar would end its cell"
+    return "| " + " | ".join(cells) + " |"
+
+
 def _row(row: Row) -> str:
     # what has no name there is told in words
     theirs = row.theirs if row.runs and "(..." not in row.theirs else _code(row.theirs)
     cells = theirs, _code(row.ours), row.scale, row.differs
-    assert not any("|" in cell for cell in cells), f"{row.theirs}: a bar would end its cell"
-    return "| " + " | ".join(cells) + " |"
+    return _line(*cells)
 
 
 def table(library: Library) -> str:
     """One library's rows, and what it has that is not here."""
     lines = ["| theirs | ours | scale | what still differs |", "| --- | --- | --- | --- |"]
     lines += [_row(row) for row in library.rows]
-    lines += [f"| {missing.theirs} | not here | | {missing.why} |" for missing in library.missing]
+    lines += [_line(missing.theirs, "not here", "", missing.why) for missing in library.missing]
     return "\n".join(lines)
 
 
