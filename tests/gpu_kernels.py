@@ -1,5 +1,5 @@
-"""The GPU's kernels serving calls on CPU tensors: on the GPU where there is one, else CUDA's in the emulator and Triton's
-in Triton's interpreter. For the fixture `backend`, and for benchmarks/numerics.py. No pytest here.
+"""The GPU's kernels serving calls on CPU tensors: on the GPU where there is one, else CUDA's in the emulator and
+Triton's in its interpreter. For the fixture `backend`, and for benchmarks/numerics.py. No pytest here.
 """
 
 from __future__ import annotations

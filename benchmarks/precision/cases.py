@@ -60,6 +60,9 @@ def independent(scale: float, mean: float = 0.0, teacher_mean: float | None = No
     return lambda g, shape, dtype: (normal(g, shape, scale, mean), normal(g, shape, scale, other))
 
 
+STANDARD = independent(1.0)
+
+
 def ordinary(g: Generator, shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Logits of a student, and of a teacher who agrees by half and is surer."""
     student = normal(g, shape, 2.0)
@@ -125,7 +128,9 @@ def _logits(loss: str, more: More, keywords: Mapping[str, Any], temperatures: Se
         case("wide rows", "2 rows of 50,257 classes", (2, 50257), ordinary),
         case("p_t = 0", "the teacher's logits are 0 but one of 400 in each row", ROWS, changed(_one_hot)),
         case("logits of 1e4", "normal, std 1e4", ROWS, independent(1e4)),
-        case("offset of 1e4", "normal, std 2, about 1e4 (student) and -1e4 (teacher)", ROWS, independent(2.0, 1e4, -1e4)),
+        case(
+            "offset of 1e4", "normal, std 2, about 1e4 (student) and -1e4 (teacher)", ROWS, independent(2.0, 1e4, -1e4)
+        ),
         case("huge", "up to 1e30; float16: up to 6e4", ROWS, huge),
         case("largest", "plus or minus the dtype's largest finite value", ROWS, largest),
         case("close sides", "a converged student: apart by 1e-4, or by 4 eps of the dtype", ROWS, close),
@@ -174,7 +179,9 @@ def _decoupled() -> list[Case]:
     found = _logits("decoupled_kl", _foreground, keywords, temperatures)
     for name, value in (("no foreground", False), ("no background", True)):
         more = lambda g, shape, value=value: (torch.full((shape[0],), value),)  # noqa: E731
-        found.append(Case("decoupled_kl", name, "one region has no rows: its part is 0", ROWS, ordinary, more, keywords))
+        found.append(
+            Case("decoupled_kl", name, "one region has no rows: its part is 0", ROWS, ordinary, more, keywords)
+        )
     return found
 
 
@@ -214,7 +221,7 @@ def _outlier(student: Tensor, teacher: Tensor) -> None:
 def _masked_mse() -> list[Case]:
     keywords = {"foreground_weight": 4.0, "background_weight": 16.0}
 
-    def case(name: str, what: str, sides: Sides = independent(1.0), share: float | None = None, **more: Any) -> Case:
+    def case(name: str, what: str, sides: Sides = STANDARD, share: float | None = None, **more: Any) -> Case:
         return Case("masked_mse", name, what, more.pop("shape", FEATURES), sides, _mask(share), keywords, **more)
 
     return [
@@ -225,7 +232,11 @@ def _masked_mse() -> list[Case]:
         case("mask of 0.3", "a soft mask, 0.3 everywhere", share=0.3),
         case("large level", "2 x 64 x 50 x 76: half a million terms", shape=(2, 64, 50, 76), large=True),
         case("differences of 1e3", "normal, std 1e3: squares leave float16", independent(1e3)),
-        case("huge", "up to 1e18, so that squares stay in float32; float16: up to 6e4", functools.partial(huge, most=1e18)),
+        case(
+            "huge",
+            "up to 1e18, so that squares stay in float32; float16: up to 6e4",
+            functools.partial(huge, most=1e18),
+        ),
         case("tiny", "normal, std 1e-3; float16 has no room for the squares", independent(1e-3)),
         case("close sides", "a converged student: apart by 1e-4, or by 4 eps of the dtype", close),
         case("close about 1e3", "the same about 1e3, where the dtype's steps are the distance", _nearly_constant),
@@ -233,11 +244,11 @@ def _masked_mse() -> list[Case]:
 
 
 def _pearson() -> list[Case]:
-    def case(name: str, what: str, sides: Sides = independent(1.0), **more: Any) -> Case:
+    def case(name: str, what: str, sides: Sides = STANDARD, **more: Any) -> Case:
         return Case("pearson", name, what, more.pop("shape", FEATURES), sides, lambda g, shape: (), **more)
 
     constant = "every second channel of the student is 0.3"
-    published = changed(_constant(0), independent(1.0))
+    published = changed(_constant(0), STANDARD)
     return [
         case("ordinary", "normal, std 1"),
         case("one sample", "one value per channel: the loss is 0", shape=(1, 8, 1, 1)),
@@ -250,9 +261,13 @@ def _pearson() -> list[Case]:
             published,
             keywords={"on_constant": "reference"},
         ),
-        case("constant teacher channel", "every second channel of the teacher is 0.3", changed(_constant(1), published)),
+        case("constant teacher channel", "every second channel of the teacher is 0.3", changed(_constant(1), STANDARD)),
         case("large offset", "mean 1e3, std 1e-2, or two steps of the dtype", _nearly_constant),
-        case("outlier first", "normal, std 1, the first value of each channel 1e3 or -1e3", changed(_outlier, independent(1.0))),
+        case(
+            "outlier first",
+            "normal, std 1, the first value of each channel 1e3 or -1e3",
+            changed(_outlier, independent(1.0)),
+        ),
         case("huge", "up to 1e30; float16: up to 6e4", huge),
         case("tiny", "normal, std 1e-4", independent(1e-4)),
         case("close sides", "a converged student: apart by 1e-4, or by 4 eps of the dtype", close),
