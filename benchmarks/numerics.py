@@ -25,7 +25,7 @@ if __name__ == "__main__":
 import report  # noqa: E402
 from harness import kdkernels  # noqa: E402
 from precision import page, providers, table  # noqa: E402
-from precision.cases import Case  # noqa: E402
+from precision.values import Case  # noqa: E402
 
 CSV = HERE / "results" / "numerics.csv"
 PAGE = HERE.parent / "docs" / "numerics.md"

@@ -9,9 +9,10 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from .cases import CASES, DTYPES
-from .providers import CPU, EAGER, EAGER32, LIGER, LIGER_LOG, OURS, PEERS
+from .cases import CASES
+from .providers import CPU, EAGER, EAGER32, FORMULA, LIGER, LIGER_LOG, OURS, PEERS
 from .table import EAGER64, ROUNDED, floor
+from .values import DTYPES
 
 Row = dict[str, str]
 Group = dict[str, Row]  # provider -> row, of one loss, input and dtype
@@ -19,7 +20,7 @@ WORST_CPU = "CPU kernels"
 QUANTITIES = ("value", "gradient")
 NAMES = {
     **{f"cpu {name}": f"CPU kernels, {name}" for name in CPU},
-    **{WORST_CPU: WORST_CPU, "formula": "the formula (`reference`)", ROUNDED: "exact answer, rounded"},
+    **{WORST_CPU: WORST_CPU, FORMULA: "the formula (`reference`)", ROUNDED: "exact answer, rounded"},
     **{"cuda": "CUDA kernels, emulated", "triton": "Triton kernels, interpreted"},
     **{EAGER: "eager", EAGER32: "eager from float32"},
     **{LIGER: "Liger", LIGER_LOG: "Liger, `log_target`"},
@@ -42,7 +43,7 @@ rounded" is x64 rounded to those dtypes: nobody can do better.
 - **CPU kernels**: the worst of base, AVX2 and AVX-512; the CSV has each. **formula**: `reference`, what serves where no
   kernel does.
 - **CUDA, emulated**: the CUDA kernels' own bodies, compiled for the host; **Triton, interpreted**: the Triton kernels
-  in Triton's interpreter. Neither is a GPU: exponentials and logarithms there are others. A dash: not run, since
+  in Triton's interpreter. Neither is a GPU, whose exponentials and logarithms round otherwise. A dash: not run, since
   emulators are slow on large inputs, or since float32 is what the eager formula has anyway.
 - **Liger**: `LigerKLDivLossFunction` in Triton's interpreter, between PyTorch's log-softmax and softmax in the inputs'
   dtype (or log-softmax: `log_target`), which it asks its users to bring. Its kernel calls `eps.to(...)`, which the
@@ -64,6 +65,12 @@ differs in float64, too, so its error is no rounding.
 
 INFINITE = """\
 What is wrong about being finite. A cell is one input and dtype of a loss; who does not run everywhere has fewer.
+"""
+
+WRONG = """\
+## Where ours is wrong
+
+All cells in which a backend of ours is wrong about being finite:
 """
 
 LESS = """\
@@ -174,17 +181,27 @@ def _less(groups: dict[tuple[str, str, str], Group]) -> str:
                     best = f"{float(group[ROUNDED][f'{what}_error']):.1e}"
                     body.append([f"`{loss}`", name, dtype, NAMES[who], what, own, ", ".join(peers), best])
     if not body:
-        return "None.\n"
+        return "None."
     header = ["loss", "input", "dtype", "ours", "of the", "error", "eager (from float32)", "exact, rounded"]
     return _table(header, body)
 
 
+def _ours_wrong(groups: dict[tuple[str, str, str], Group]) -> str:
+    body = [
+        [f"`{loss}`", name, dtype, NAMES[who], _cell(group, who, plain=True), _cell(group, EAGER)]
+        for (loss, name, dtype), group in groups.items()
+        for who in OURS
+        if who in group and any(int(group[who][f"{what}_wrong"]) for what in QUANTITIES)
+    ]
+    return _table(["loss", "input", "dtype", "ours", "value / gradient", "eager"], body) if body else "None."
+
+
 def _loss(loss: str, groups: dict[tuple[str, str, str], Group]) -> str:
-    columns = [EAGER, EAGER32, WORST_CPU, "formula", "cuda", "triton", ROUNDED]
+    columns = [EAGER, EAGER32, WORST_CPU, FORMULA, "cuda", "triton", ROUNDED]
     if loss == "temperature_kl":
         columns += [LIGER, LIGER_LOG]
     titles = {
-        "formula": "formula",
+        FORMULA: "formula",
         "cuda": "CUDA, emulated",
         "triton": "Triton, interpreted",
         ROUNDED: "exact, rounded",
@@ -212,5 +229,5 @@ def page(rows: Sequence[Row]) -> str:
     groups = grouped(rows)
     every = list(groups.values())
     parts = [INTRODUCTION.format(environment=_environment(rows)), COUNTED, _counts(every), INFINITE, _wrong(every)]
-    parts += [LESS, _less(groups), *(_loss(loss, groups) for loss in CASES)]
+    parts += [WRONG, _ours_wrong(groups), LESS, _less(groups), *(_loss(loss, groups) for loss in CASES)]
     return "\n\n".join(part.strip() for part in parts) + "\n"

@@ -23,11 +23,12 @@ from torch import Tensor
 from kdkernels import native
 from kdkernels.native import build
 
-from .cases import Case
+from .values import Case
 
 Call = Callable[..., Tensor]
 CPU = ("base", "avx2", "avx512")
-OURS = ("cpu base", "cpu avx2", "cpu avx512", "formula", "cuda", "triton")
+FORMULA = "formula"
+OURS = ("cpu base", "cpu avx2", "cpu avx512", FORMULA, "cuda", "triton")
 EAGER, EAGER32, LIGER, LIGER_LOG = "eager", "eager from float32", "liger", "liger, log target"
 PEERS = (EAGER, EAGER32, LIGER, LIGER_LOG)
 
@@ -129,7 +130,7 @@ def available() -> tuple[list[Provider], dict[str, str]]:
             missing[f"cpu {name}"] = "this CPU does not have it"
         else:
             found.append(Provider(f"cpu {name}", ours, functools.partial(_capability, name)))
-    found.append(Provider("formula", ours, functools.partial(kdkernels.use_backend, "reference")))
+    found.append(Provider(FORMULA, ours, functools.partial(kdkernels.use_backend, "reference")))
     kernels = _gpu_kernels()
     for name in ("cuda", "triton"):
         why = "tests/gpu_kernels.py is not here" if kernels is None else None
