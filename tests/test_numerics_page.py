@@ -92,7 +92,10 @@ def test_the_code_is_as_exact_as_the_rows_say(name, numerics, who, kept):
     """A part of the table again, on what this machine has."""
     if name not in who:
         pytest.skip(f"{name} does not run here")
-    found = numerics.compute(numerics.quick_cells(), [who[name]])
+    cells = numerics.quick_cells()
+    if name == "triton":  # whose interpreter is slow
+        cells = [(case, dtype) for case, dtype in cells if case.name in ("ordinary", "huge")]
+    found = numerics.compute(cells, [who[name]])
     assert {row["provider"] for row in found} == {name, numerics.table.ROUNDED}
     assert {row["loss"] for row in found} == set(numerics.table.CASES)
     assert numerics.table.drift(kept, found, [name]) == []

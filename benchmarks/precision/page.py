@@ -57,10 +57,10 @@ rounded" is x64 rounded to those dtypes: nobody can do better.
 COUNTED = """\
 ## In short
 
-Cells by how ours compares with the eager formulas. "more": more than twice as accurate, or finite where the peer is
-wrong; "less": the reverse; "equal": within a factor of two. Errors below one rounding of the result (half an eps of
-our result's dtype, or the column "exact, rounded" where that is larger) are not told apart. "other": the eager formula
-differs in float64, too, so its error is no rounding.
+Cells by how ours compares with the eager formulas, and with Liger on temperature KL. "more": more than twice as
+accurate, or finite where the peer is wrong; "less": the reverse; "equal": within a factor of two. Errors below one
+rounding of the result (half an eps of our result's dtype, or the column "exact, rounded" where that is larger) are not
+told apart. "other": the eager formula differs in float64, too, so its error is no rounding.
 """
 
 INFINITE = """\
@@ -145,7 +145,7 @@ def _counts(groups: Sequence[Group]) -> str:
     order = ("more", "equal", "less", "other")
     body = []
     for name in OURS:
-        for peer in (EAGER, EAGER32):
+        for peer in PEERS:
             both = [g for g in groups if name in g and peer in g]
             if both:
                 cells = [Counter(verdict(g, name, peer, what) for g in both) for what in QUANTITIES]
