@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when it is imported
 
 import emulator_library
-import on_gpu
+import gpu_kernels
 
 import kdkernels as kd
 from kdkernels import native, ops
@@ -58,13 +58,6 @@ def _skip_float64(loss, student, teacher, **options):
 
 
 _backend_for = ops.backend_for
-
-
-_real_has_kernel = ops.has_kernel
-
-
-def _has_kernel(op, backend):
-    return emulator_library.has_kernel(op) if backend == "cuda" else _real_has_kernel(op, backend)
 
 
 # Forward and backward as CUDA kernels of their own, for dtypes that would take the one-pass form.
@@ -107,20 +100,8 @@ def backend(request, monkeypatch):
     if name in GPU_KERNELS:
         if name == "triton":
             pytest.importorskip("triton")
-        if torch.cuda.is_available():
-            assert name == "triton" or native.load("cuda"), native.status("cuda").reason
-            for served in ops.OPS.values():
-                monkeypatch.setitem(served, name, on_gpu.remote(served[name]))
-        elif name == "cuda":
-            emulator_library.load()
-            for op, served in ops.OPS.items():
-                monkeypatch.setitem(served, "cuda", emulator_library.op(op))
-            monkeypatch.setattr(ops, "has_kernel", _has_kernel)
-        monkeypatch.setattr(ops, "_obstacle", lambda backend: None)
-        monkeypatch.setitem(ops.DEVICES, name, "cpu")
-        monkeypatch.setattr(ops, "_order", lambda loss, student: (name,))
         monkeypatch.setattr(ops, "backend_for", _skip_float64)
-        with kd.use_backend(name):
+        with gpu_kernels.serving(name):
             yield name
         return
     assert native.load("cpu"), f"the CPU kernels could not be had: {native.status('cpu').reason}"
