@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import torch
 import kdkernels as kd
 
 from .golden import CASES, Golden, projection, wave
-from .inputs import LOSSES, PAIRS, Case, Loss, Pair, moved
+from .inputs import LOSSES, PAIRS, Call, Case, Loss, Pair, moved
 from .numbers import Result, evaluate, exact, faults, formula
 from .targets import Target
 
@@ -54,7 +55,7 @@ class Tally:
 def run(name: str, targets: Sequence[Target], tally: Tally) -> None:
     """All checks of one loss (or of the objective) on the targets."""
     loss = LOSSES[name]
-    with _one_thread():  # small inputs: on a busy machine threads that wait for each other take most of the time
+    with one_thread():
         for case in loss.cases:
             for pair_name, pair in PAIRS.items():
                 _numbers(name, loss, case, pair_name, pair, targets, tally)
@@ -71,11 +72,38 @@ def warm(name: str, target: Target) -> None:
     for case in (*loss.cases, loss.middle):
         for pair in PAIRS.values():
             if target.serves(*pair):
-                with contextlib.suppress(Exception), target.in_force():
-                    _evaluate(loss, case, pair, target.device, {})
+                with contextlib.suppress(Exception):
+                    _Call(loss, target, *case.inputs(pair, target.device))()
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch's operations and the CPU kernels run on one thread inside: on a busy machine threads that wait for each
+    other take most of the time of small calls.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 # Numbers and bits.
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a loss on one target, in one of its forms."""
+
+    loss: Loss
+    target: Target
+    arguments: list[Any]
+    keywords: dict[str, Any]
+
+    def __call__(self, **options: Any) -> Result:
+        with self.target.in_force():
+            return _home(evaluate(self.loss.function, *self.arguments, **self.keywords, **options))
 
 
 def _forms(target: Target, pair: Pair) -> dict[str, dict[str, Any]]:
@@ -87,61 +115,48 @@ def _forms(target: Target, pair: Pair) -> dict[str, dict[str, Any]]:
 def _numbers(
     name: str, loss: Loss, case: Case, pair_name: str, pair: Pair, targets: Sequence[Target], tally: Tally
 ) -> None:
-    arguments, keywords = case.inputs(pair)
-    truth = exact(loss.equals, *arguments, **keywords)
+    """Every target on one input: built once, for a device once more, as are the exact answer and the formula's."""
+    serving = [target for target in targets if target.serves(*pair)]
+    inputs: dict[str, Call] = {}
     peers: dict[str, Result] = {}
-    for target in targets:
-        if not target.serves(*pair):
-            continue
+    with one_thread():
+        arguments, keywords = case.inputs(pair)
+        truth = exact(loss.equals, *arguments, **keywords)
+        for device in dict.fromkeys(target.device for target in serving):
+            inputs[device] = moved(arguments, device), moved(keywords, device)
+            there, more = inputs[device]
+            peers[device] = _home(formula(loss.equals, *there, **more))
+    for target in serving:
+        call = _Call(loss, target, *inputs[target.device])
+        # The formula is no peer of itself: its bound is that of a sum in its dtype.
+        peer = None if target.backend == "reference" else peers[target.device]
         for form, options in _forms(target, pair).items():
             got: list[Result] = []
-
-            def judged() -> list[str]:
-                if target.device not in peers:
-                    there, more = case.inputs(pair, target.device)
-                    peers[target.device] = _home(formula(loss.equals, *there, **more))
-                with target.in_force():
-                    got.append(_evaluate(loss, case, pair, target.device, options))
-                # The formula is no peer of itself: its bound is that of a sum in its dtype.
-                peer = None if target.backend == "reference" else peers[target.device]
-                return faults(got[0], truth, peer, case.length)
-
-            def same() -> list[str]:
-                if not got:
-                    return []  # it raised, and was counted
-                with target.in_force(), _one_thread():
-                    again = _evaluate(loss, case, pair, target.device, options)
-                return _differences(got[0], again)
-
             where = f"{pair_name}, {case.name}, {form}"
-            tally.add(name, target, where, judged)
-            if target.backend != "reference":  # PyTorch's own operations may add up in another order
-                tally.add(name, target, f"{where}, second call with one thread", same)
+            tally.add(name, target, where, partial(_judged, call, options, truth, peer, case.length, got))
+            if got and peer is not None:  # PyTorch's own operations may add up in another order
+                again = partial(_again, call, options, got[0])
+                tally.add(name, target, f"{where}, second call with one thread", again)
 
 
-def _evaluate(loss: Loss, case: Case, pair: Pair, device: str, options: dict[str, Any]) -> Result:
-    arguments, keywords = case.inputs(pair, device)
-    return _home(evaluate(loss.function, *arguments, **keywords, **options))
+def _judged(
+    call: _Call, options: dict[str, Any], truth: Result, peer: Result | None, length: int, got: list[Result]
+) -> list[str]:
+    """Runs a call, keeps its result in `got`, and judges it."""
+    got.append(call(**options))
+    return faults(got[0], truth, peer, length)
+
+
+def _again(call: _Call, options: dict[str, Any], first: Result) -> list[str]:
+    with one_thread():
+        again = call(**options)
+    pairs = {"loss": (first.loss, again.loss)}
+    pairs |= {f"gradient {i}": sides for i, sides in enumerate(zip(first.grads, again.grads))}
+    return [f"{what}: other bits than the first time" for what, (a, b) in pairs.items() if not torch.equal(a, b)]
 
 
 def _home(result: Result) -> Result:
     return Result(result.loss.cpu(), [grad.cpu() for grad in result.grads])
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _differences(one: Result, other: Result) -> list[str]:
-    pairs = {"loss": (one.loss, other.loss)}
-    pairs |= {f"gradient {i}": sides for i, sides in enumerate(zip(one.grads, other.grads))}
-    return [f"{what}: other bits than the first time" for what, (a, b) in pairs.items() if not torch.equal(a, b)]
 
 
 # Published values.
@@ -162,24 +177,24 @@ def _published(name: str, golden: Golden, target: Target, tally: Tally) -> None:
     """Loss, largest gradient and its projection, as the tests hold them: 1e-9 in float64, 1e-5 in float32."""
     for pair_name, tolerance in (("float64", 1e-9), ("float32", 1e-5)):
         dtype = PAIRS[pair_name][0]
-        if not target.serves(dtype, dtype):
-            continue
+        if target.serves(dtype, dtype):
+            where = f"{pair_name}, published value ({golden.name})"
+            tally.add(name, target, where, partial(_distances, golden, target, dtype, tolerance))
 
-        def problems() -> list[str]:
-            with target.in_force():
-                loss, student = golden.loss(_On(target.device), dtype)
-                (grad,) = torch.autograd.grad(loss, student)
-            terms = (grad.double() * wave(tuple(grad.shape), 1, 0.21, 0.9)).abs().sum().item()
-            slack = 4 * torch.finfo(dtype).eps * terms  # a sum of both signs loses what is relative to its terms
-            found = {
-                "loss": (loss.item(), golden.value, 0.0),
-                "largest gradient": (grad.abs().max().item(), golden.largest, 0.0),
-                "projected gradient": (projection(grad).item(), golden.projected, slack),
-            }
-            return [
-                f"{what}: {got:.9g}, published {wanted:.9g}, accepted error {max(tolerance * abs(wanted), more):.2e}"
-                for what, (got, wanted, more) in found.items()
-                if not abs(got - wanted) <= max(tolerance * abs(wanted), more)
-            ]
 
-        tally.add(name, target, f"{pair_name}, published value ({golden.name})", problems)
+def _distances(golden: Golden, target: Target, dtype: torch.dtype, tolerance: float) -> list[str]:
+    with target.in_force():
+        loss, student = golden.loss(_On(target.device), dtype)
+        (grad,) = torch.autograd.grad(loss, student)
+    # The projection sums terms of both signs: what it can lose is relative to the terms, not to what is left of them.
+    terms = (grad.double() * wave(tuple(grad.shape), 1, 0.21, 0.9)).abs().sum().item()
+    found = []
+    for what, got, wanted, slack in (
+        ("loss", loss.item(), golden.value, 0.0),
+        ("largest gradient", grad.abs().max().item(), golden.largest, 0.0),
+        ("projected gradient", projection(grad).item(), golden.projected, 4 * torch.finfo(dtype).eps * terms),
+    ):
+        accepted = max(tolerance * abs(wanted), slack)
+        if not abs(got - wanted) <= accepted:
+            found.append(f"{what}: error {abs(got - wanted):.2e}, accepted {accepted:.2e}, published {wanted:.9g}")
+    return found

@@ -135,7 +135,7 @@ def _rows(
         case("extreme", (12, width), extreme, reduction="none"),
     ]
     if width != 4:
-        cases.append(case("wide rows", (3, 2049)))
+        cases.append(case("wide rows", (31, 1031)))
     return cases, case("middling", large)
 
 
