@@ -18,7 +18,7 @@ import kdkernels as kd
 from .golden import CASES, Golden, projection, wave
 from .inputs import LOSSES, PAIRS, Call, Case, Loss, Pair, moved
 from .numbers import Result, evaluate, exact, faults, formula
-from .targets import Target
+from .targets import Target, widest
 
 # The dtypes in which kernels of the CPU and CUDA have a form of one pass beside the one of two.
 _ONE_PASS = (torch.float32, torch.bfloat16)
@@ -63,7 +63,8 @@ def run(name: str, targets: Sequence[Target], tally: Tally) -> None:
             if golden.function == f"{name}_loss":
                 for target in targets:
                     _published(name, golden, target, tally)
-    _numbers(name, loss, loss.middle, "float32", PAIRS["float32"], targets, tally)
+    # Shared among threads, which all instruction sets do alike.
+    _numbers(name, loss, loss.middle, "float32", PAIRS["float32"], widest(targets), tally)
 
 
 def warm(name: str, target: Target) -> None:
@@ -143,7 +144,8 @@ def _judged(
     call: _Call, options: dict[str, Any], truth: Result, peer: Result | None, length: int, got: list[Result]
 ) -> list[str]:
     """Runs a call, keeps its result in `got`, and judges it."""
-    got.append(call(**options))
+    with contextlib.nullcontext() if peer else one_thread():  # threads are for what kernels do with them
+        got.append(call(**options))
     return faults(got[0], truth, peer, length)
 
 

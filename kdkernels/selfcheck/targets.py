@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +44,12 @@ class Target:
         finally:
             if before:
                 native.set_cpu_capability(before)
+
+
+def widest(targets: Sequence[Target]) -> list[Target]:
+    """Without the CPU's instruction sets below the widest."""
+    last = [target for target in targets if target.backend == "cpu"][-1:]
+    return [target for target in targets if target.backend != "cpu" or target in last]
 
 
 def find() -> tuple[list[Target], dict[str, str]]:
