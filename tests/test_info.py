@@ -130,6 +130,17 @@ def test_a_kernel_that_raises(quick, monkeypatch, capsys):
     assert any(line.endswith("two passes: RuntimeError: an illegal instruction") for line in wrong(output))
 
 
+def test_a_formula_that_raises_on_its_device(quick, monkeypatch):
+    """As on a GPU that an earlier kernel has stopped."""
+
+    def fail(*arguments, **keywords):
+        raise RuntimeError("unspecified launch failure")
+
+    monkeypatch.setattr(checks, "formula", fail)
+    failures = tally_of("binary_kl", [Target("reference")]).failures
+    assert failures and all(line.endswith("the formula: RuntimeError: unspecified launch failure") for line in failures)
+
+
 def test_a_broken_formula(quick, monkeypatch, capsys):
     """What judges the kernels is itself held to the published values."""
     real = temperature_kl.formula

@@ -120,14 +120,20 @@ def _numbers(
     serving = [target for target in targets if target.serves(*pair)]
     inputs: dict[str, Call] = {}
     peers: dict[str, Result] = {}
+    lost: dict[str, Exception] = {}
     with one_thread():
         arguments, keywords = case.inputs(pair)
         truth = exact(loss.equals, *arguments, **keywords)
         for device in dict.fromkeys(target.device for target in serving):
-            inputs[device] = moved(arguments, device), moved(keywords, device)
-            there, more = inputs[device]
-            peers[device] = _home(formula(loss.equals, *there, **more))
+            try:
+                inputs[device] = there, more = moved(arguments, device), moved(keywords, device)
+                peers[device] = _home(formula(loss.equals, *there, **more))
+            except Exception as error:  # a GPU without memory, or that a kernel before has stopped
+                lost[device] = error
     for target in serving:
+        if target.device in lost:
+            tally.add(name, target, f"{pair_name}, {case.name}, the formula", partial(_raise, lost[target.device]))
+            continue
         call = _Call(loss, target, *inputs[target.device])
         # The formula is no peer of itself: its bound is that of a sum in its dtype.
         peer = None if target.backend == "reference" else peers[target.device]
@@ -138,6 +144,10 @@ def _numbers(
             if got and peer is not None:  # PyTorch's own operations may add up in another order
                 again = partial(_again, call, options, got[0])
                 tally.add(name, target, f"{where}, second call with one thread", again)
+
+
+def _raise(error: Exception) -> list[str]:
+    raise error
 
 
 def _judged(

@@ -11,6 +11,11 @@ from .targets import Target
 
 _TOLD = 12  # failures that are printed; a kernel that is broken fails in every dtype
 
+_RIGHT = """\
+Right is: an error against the float64 formula of at most twice the same-dtype formula's plus 4 eps, for the loss and
+each gradient (float64: 1e-9; the formula itself: 4 eps times the root of the number of values); for kernels, the same
+bits when called again on one thread; the published values; for the objective, the sum of the single functions."""
+
 
 def _say(line: str = "") -> None:
     print(line, flush=True)
@@ -29,13 +34,7 @@ def check(names: Sequence[str] = (), *, timed: bool = True) -> int:
     _say(f"Backends: {', '.join(target.label for target in here)}.")
     for name, why in absent.items():
         _say(f"Not here: {name}: {why}.")
-    _say("Right is: an error against the float64 formula of at most twice the same-dtype formula's plus 4 eps, for the")
-    _say(
-        "loss and each gradient (float64: 1e-9; the formula itself: 4 eps times the root of the number of values); the"
-    )
-    _say(
-        "same bits when called again, on one thread; the published values; the objective equal to the sum of its terms."
-    )
+    _say(_RIGHT)
     begin = time.perf_counter()
     tally, times = checks.Tally(), {}
     for i, name in enumerate(chosen):
