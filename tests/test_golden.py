@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden import CASES, Golden, projection, wave
 
 import kdkernels as kd
+from kdkernels.selfcheck.golden import CASES, Golden, projection, wave
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from golden import CASES, Golden, projection, wave
 
 from kdkernels import reference
+from kdkernels.selfcheck.golden import CASES, Golden, projection, wave
 
 
 def _public(function):
