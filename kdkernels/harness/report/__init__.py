@@ -1,7 +1,7 @@
 """What a run leaves behind: the printed table, and pictures of what was learnt. One file per picture."""
 
-from .detections import detections
 from .drawing import COLOURS
+from .found_boxes import detections
 from .gradient_norms import gradients, norms_of
 from .heat_maps import features, heat_map
 from .learning_curves import curves

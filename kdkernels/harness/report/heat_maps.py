@@ -45,7 +45,7 @@ def features(
     device: torch.device,
     *,
     base_size: float | None = None,
-    count: int = 3,
+    count: int = 2,
 ) -> None:
     """Draw the pyramid levels that teacher and students share, as heat maps, for a few validation pictures.
 
@@ -109,8 +109,8 @@ def features(
     axes.set_box_aspect(0.025)
     axes.set_xlabel("largest value over the channels, each map scaled by itself", fontsize=10)
     figure.suptitle(
-        "Features of teacher and students by pyramid level. Outlined: cells of the level's ground-truth mask, to which "
-        "objects\ngo by size. r: correlation of the student's map with the teacher's.",
+        "Features of teacher and students by pyramid level. r: correlation of the student's map with the teacher's.\n"
+        "Outlined: what the level's ground-truth mask marks; an object belongs to one level, by its size.",
         fontsize=12,
     )
     figure.savefig(path, dpi=100)
@@ -139,10 +139,12 @@ def _levels(detector: nn.Module, images: Tensor) -> Mapping[str, Tensor]:
 
 def _similar(mine: Tensor, theirs: Tensor) -> str:
     """The correlation of two maps; the student's is brought to the teacher's size as in training."""
+    if theirs.numel() == 1:
+        return "r: one cell"
     if mine.shape != theirs.shape:
         mine = F.interpolate(mine[None, None], size=theirs.shape, mode="bilinear", align_corners=False)[0, 0]
     value = torch.corrcoef(torch.stack([mine.flatten(), theirs.flatten()]))
-    return f"r = {float(value[0, 1]):.2f}" if mine.numel() > 1 and value.isfinite().all() else "r: none"
+    return f"r = {float(value[0, 1]):.2f}" if value.isfinite().all() else "r: none"
 
 
 def _outline(axes: Any, mask: Tensor, stride: float) -> None:

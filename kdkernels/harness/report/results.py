@@ -14,7 +14,7 @@ from ..evaluate import Evaluator, voc_ap
 from ..export import FOLDER
 from ..loop import Run
 from ..split import PARTS
-from .detections import detections
+from .found_boxes import detections
 from .gradient_norms import gradients, norms_of
 from .heat_maps import features
 from .learning_curves import curves

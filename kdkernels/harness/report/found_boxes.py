@@ -76,8 +76,8 @@ def detections(
             _found(axes, name, detector.detect(images)[0], truth, val.category_names, score)
     handles = [
         _handle(RIGHT, "right: class and place (IoU at least .5), with its score"),
-        _handle(WRONG, "wrong", dashed=True),
-        _handle(MISSED, "object that was missed; ground truth", edge="#808080"),
+        _handle(WRONG, "wrong class or place", dashed=True),
+        _handle(MISSED, "object that was missed", dashed=True),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=11)
     figure.suptitle(
@@ -129,6 +129,6 @@ def _best_at_each_place(found: dict[str, Tensor], score: float) -> dict[str, Ten
     return {name: value[keep] for name, value in found.items()}
 
 
-def _handle(colour: str, label: str, *, dashed: bool = False, edge: str | None = None) -> Any:
-    patch = require("matplotlib.patches").Patch
-    return patch(facecolor=colour, edgecolor=edge or colour, label=label, alpha=0.6 if dashed else 1.0)
+def _handle(colour: str, label: str, *, dashed: bool = False) -> Any:
+    patch = require("matplotlib.patches").Patch  # on grey, where white is seen
+    return patch(facecolor="#606060", edgecolor=colour, label=label, linewidth=2, linestyle="--" if dashed else "-")
