@@ -82,7 +82,10 @@ def gradients(path: Path, norms: Norms) -> None:
         axes.set(title=term, xlabel="step")
         axes.tick_params(labelleft=True)
         plain(axes)
-        axes.legend(frameon=False, fontsize=9, title="share of the squared norm", title_fontsize=9)
+        axes.legend(
+            frameon=False, fontsize=9, title="share of the\nsquared norm", title_fontsize=9, loc="center left",
+            bbox_to_anchor=(1.0, 0.5),
+        )  # fmt: skip
     for line in grid:
         line[0].set_ylabel("norm of the gradient (weighted term)")
     figure.suptitle(
