@@ -81,7 +81,7 @@ def test_best_is_a_row_of_its_own():
         rows(["none", "pkd+inherit=fpn", "best"], "scenes")
 
 
-def compared(tmp_path, monkeypatch, *texts, more=()):
+def compared(tmp_path, monkeypatch, *texts, more=(), code=0):
     monkeypatch.setattr(Job, "split", lambda self, student, steps=12: dict(PARTS))
     out = tmp_path / "out"
     argv = [
@@ -95,7 +95,7 @@ def compared(tmp_path, monkeypatch, *texts, more=()):
         "--teacher-cache",
         str(tmp_path / "c"),
     ]
-    assert train.main([*argv, *more]) == 0
+    assert train.main([*argv, *more]) == code
     with (out / "compare.csv").open() as file:
         return out, list(csv.DictReader(file))
 
@@ -138,9 +138,10 @@ def test_a_seed_is_that_of_a_run_by_itself(tmp_path, monkeypatch):
 
 
 def test_a_row_that_diverges_is_told_and_the_others_are_trained(tmp_path, monkeypatch, capsys):
-    out, lines = compared(tmp_path, monkeypatch, "none", "mimic:weight=1e38", "pkd")
+    out, lines = compared(tmp_path, monkeypatch, "none", "mimic:weight=1e38", "pkd", code=1)
     assert {x["run"] for x in lines} == {"teacher", "none", "pkd", "none, 7 steps"}
-    assert "Not trained to the end: mimic:weight=1e38: " in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "Not trained to the end: mimic:weight=1e38" in printed.out and "--resume" in printed.err
     assert "failed" in {json.loads(line)["kind"] for line in (out / "metrics.jsonl").read_text().splitlines()}
 
 

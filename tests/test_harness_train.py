@@ -17,7 +17,8 @@ from harness_parts import SMALL
 from kdkernels.harness import data, flags, loop, schedule, train
 from kdkernels.harness.settings import TrainSettings
 
-FILES = {"metrics.jsonl", "curves.png", "detections.png", "students"}
+PICTURES = ("curves.png", "detections.png", "features.png", "gradients.png")
+FILES = {"metrics.jsonl", "students", *PICTURES}
 TINY = ["--image-size", "64", "--model", "faster_rcnn:width=0.125,channels=32"]
 TINY += ["--teacher-model", "faster_rcnn:width=0.25,channels=32", "--device", "cpu", "--quick"]
 ROWS = ["teacher", "alone", "alone, equal time", "distilled"]
@@ -40,7 +41,7 @@ def quick(tmp_path_factory):
 def test_a_run_writes_every_file(quick):
     out, cache = quick
     assert {path.name for path in out.iterdir()} == FILES
-    for name in ("curves.png", "detections.png"):
+    for name in PICTURES:
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     assert len(list(cache.iterdir())) == 1
 

@@ -141,9 +141,9 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--grad-report-every",
         type=int,
-        default=0,
         metavar="STEPS",
-        help="record the gradient norm of each term at the features every so many steps (default: never)",
+        help="record the gradient norm of each term at the features every so many steps; 0: never (default: 10 in one "
+        "process, without --compare and --compile)",
     )
     begin = "when distillation begins, ends, and how long its weight rises (default: always, at once)"
     add("--kd-start", type=Length.parse, default=Length(0, False), metavar="LENGTH", help=begin)

@@ -21,6 +21,9 @@ from .step import Step
 from .teacher import FrozenTeacher
 from .update import Losses, Objective
 
+#: What the records call the norm of a term's gradient; the term's name, and the level's, follow.
+GRADIENT_NORM = "gradient norm at the features"
+
 
 class Distilled(NamedTuple):
     """The distillation of one step. Names are ``recipe/term``."""
@@ -256,7 +259,7 @@ def distilled(
             more = distillation(distillation.step(student, pictures, nothing, index, unlabeled=True))
             total, terms = total + more.total, terms | more.terms
         noted = dict(found.details)
-        noted |= {f"gradient norm at the features/{name}": x.sqrt() for name, x in found.gradient_norms.items()}
+        noted |= {f"{GRADIENT_NORM}/{name}": x.sqrt() for name, x in found.gradient_norms.items()}
         told = {f"distill/{name}": x for name, x in terms.items()}
         return Losses({**losses, "distill": total}, told, noted, sum(own.values()).detach())
 

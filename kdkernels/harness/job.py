@@ -166,7 +166,7 @@ class Job:
         objective, parameters = alone(student), list(student.parameters())
         if distillation is not None:
             unlabeled = self.unlabeled_batches(settings) if distillation.needs_unlabeled else None
-            every = self.options.grad_report_every
+            every = self.options.norms_every if self.processes.count == 1 else 0
             objective = distilled(student, distillation, norms_every=every, unlabeled=unlabeled)
             parameters += list(distillation.parameters())
         run = self._fit(name, student, objective, settings, parameters, distillation)

@@ -54,7 +54,7 @@ class Options:
     proposals: int
     base_size: float | None
     compile: bool
-    grad_report_every: int
+    grad_report_every: int | None
     eval_train: int
     voc_ap: bool
     device: str
@@ -65,6 +65,15 @@ class Options:
     resume: bool
     dist_timeout: float
     argv: tuple[str, ...]
+
+    @property
+    def norms_every(self) -> int:
+        """Every so many steps of distillation tell gradient norms; 0: none. Where nobody says: often enough for a
+        curve; not in a comparison, whose rows nobody looks at one by one, nor compiled, as norms need a second graph.
+        """
+        if self.grad_report_every is not None:
+            return self.grad_report_every
+        return 0 if self.compare or self.compile else 10
 
     def resolved(self, pictures: int, count: int = 1) -> Options:
         """With lengths in steps, now that the number of pictures is known; ``count`` processes share them.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +28,11 @@ MEASURED = 12
 
 
 def run(job: Any, begin: float) -> None:
-    """Train the rows and write the table (compare.csv, compare.md) and the pictures."""
+    """Train the rows and write the table (compare.csv, compare.md) and the pictures.
+
+    Raises:
+        TrainingError: some trainings did not come to their end; all others did, and everything is written.
+    """
     job.progress.record(kind="settings", **job.settings())
     teacher, teacher_run = job.teacher()
     comparison = Comparison(job, teacher, teacher_run)
@@ -52,6 +57,8 @@ def run(job: Any, begin: float) -> None:
     job.progress.record(kind="end", seconds=seconds)
     if job.processes.first:
         comparison.finish(seconds)
+    if comparison.failed:
+        raise TrainingError("; ".join(comparison.failed))
 
 
 class Comparison:
@@ -83,7 +90,7 @@ class Comparison:
             student = job.student(name, steps, self.teacher, row.recipes, **how)
         except TrainingError as error:  # a row that diverges is a finding, and the others are still wanted
             job.progress.say(f"warning: {error}")
-            self.failed.append(f"{name}: {error}")
+            self.failed.append(str(error))
             job.progress.record(kind="failed", run=name, error=str(error))
             return
         self.runs.setdefault((row.title, steps), []).append(student.run)
@@ -177,16 +184,26 @@ class Comparison:
     def finish(self, seconds: float) -> None:
         """The pictures, and what is printed."""
         folder, lines = self.job.options.output_dir, self.lines()
-        draw(folder / "differences.png", lines, self.baseline.title)
-        if not lines:
-            return
-        best = max(lines, key=lambda line: statistics.fmean(x.mean_ap for x in line.trained))
-        first = self.seeds[0]
-        names = {line.title: self.name(self.row_of[line.title], first, self.steps) for line in lines}
-        shown = {"teacher": self.teacher.detector}
-        for title in dict.fromkeys((self.baseline.title, best.title)):
-            shown[title] = self.job.loaded(file_of(folder, names[title]))
-        report.detections(folder / "detections.png", shown, self.job.val, self.job.device)
+        drawn = self._pictures(folder, lines) if lines else []
         print(self.table())
-        files = "metrics.jsonl, compare.csv, compare.md, differences.png, detections.png"
+        files = ", ".join(["metrics.jsonl", "compare.csv", "compare.md", *drawn])
         print(f"\n{seconds:.0f} s in all. In {folder}: {files}, {FOLDER}/*.safetensors")
+
+    def _pictures(self, folder: Path, lines: list[Line]) -> list[str]:
+        """Differences and curves of all rows; what the baseline and the best row find and see; the files' names."""
+        draw(folder / "differences.png", lines, self.baseline.title)
+        runs = {line.title: self.runs[line.title, self.steps] for line in lines}
+        teacher = {} if self.teacher_run is None else {"teacher": self.teacher_run}
+        compared_with = self.baseline.title if self.baseline.title in runs else None
+        report.curves(folder / "curves.png", {**teacher, **runs}, baseline=compared_with)
+        best = max(lines, key=lambda line: statistics.fmean(x.mean_ap for x in line.trained)).title
+        names = {title: self.name(self.row_of[title], runs[title][0].seed, self.steps) for title in runs}
+        shown = {"teacher": self.teacher.detector}
+        for title in dict.fromkeys(title for title in (compared_with, best) if title is not None):
+            shown[title] = self.job.loaded(file_of(folder, names[title]))
+        drawn = ["differences.png", "curves.png", *report.seen(folder, shown, self.job)]
+        norms = report.norms_of(folder / "metrics.jsonl", names[best])
+        if norms:
+            report.gradients(folder / "gradients.png", norms)
+            drawn.append("gradients.png")
+        return drawn
