@@ -96,7 +96,7 @@ def write(root: Path, machines: Mapping[str, Rows], reasons: Mapping[str, str] =
 
 
 def webpage(folder: Path, rows: Rows, reasons: Mapping[str, str] = REASONS) -> Path:
-    """One self-contained page of rows: folder/index.html, or index-<n>.html beside others' rows."""
+    """One self-contained page of rows: folder/index.html."""
     plots.pyplot()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "index.html"

@@ -35,6 +35,8 @@ than half an eps of the result's dtype, which the last rounding of an exact resu
 way at the widest instruction set. "The spreads overlap": p20 to p80 of both do, so another run may say the opposite."""
 OTHER_WAYS = """Medians of forward and backward together; other ways are a lower instruction set, two passes, a call per
 loss."""
+SCALING = """Both axes are logarithmic. On the left, where a line is flat, time goes into calls and not into data; on
+the right, where it runs beside the copy's, into moving data."""
 OBJECTIVE = """The whole objective at once: masked MSE and Pearson on five levels (the finest {shape}), decoupled KL and
 bounded regression on the heads. One pass holds the gradients from the forward on; two passes allocate them in the
 backward."""
@@ -129,7 +131,7 @@ def machine(folder: str, rows: Sequence[Row], reasons: Mapping[str, str], level:
     for loss, dtypes in plots.ladders(cases).items():
         text = f"{tables.title(loss)}: time against bytes moved, with the copy's line"
         pictures.append(Picture(f"{folder}/{loss}.png", text, partial(plots.scaling, loss, dtypes)))
-    blocks += [Heading(level, "Time against size"), *pictures] if pictures else []
+    blocks += [Heading(level, "Time against size"), Text(SCALING), *pictures] if pictures else []
     blocks += [Heading(level, "Every case"), Text(LEGEND)]
     for loss, of_loss in by_loss(cases).items():
         blocks.append(Heading(level + 1, tables.title(loss)))

@@ -39,7 +39,7 @@ def figures(value: float | None, wanted: int = 3) -> str:
         return NOTHING
     if 10 ** (wanted - 1) <= abs(value) < 1e7:
         return f"{value:.0f}"
-    return f"{value:#.{wanted}g}"
+    return f"{value:#.{wanted}g}".rstrip(".")
 
 
 def size(count: float | None) -> str:
