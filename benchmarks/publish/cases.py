@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-MODES = ("forward", "backward", "both", "no_grad")
+MODES = ("forward", "backward", "both", "no_grad", "replay")
 NEEDED = ("loss", "shape", "dtype", "provider", "setting", "mode", "ms_p20", "ms_p50", "ms_p80")
 Row = Mapping[str, Any]
 
@@ -24,13 +24,14 @@ def number(row: Row | None, column: str) -> float | None:
 
 
 def device(row: Row) -> str:
-    """What the row was measured on."""
-    return str(row.get("device") or row.get("cpu") or "unknown device")
+    """What the row was measured on: the GPU's name, or the CPU's."""
+    name = row.get("device") or "cpu"
+    return str((row.get("cpu") or "unknown CPU") if name == "cpu" else name)
 
 
 @dataclass
 class Case:
-    """`rows[name][mode]`, the names in the order of the file: ours at the widest capability first."""
+    """`rows[name][mode]`, the names in the order of the file: ours at the widest capability, or as CUDA, first."""
 
     loss: str
     shape: str
@@ -38,6 +39,7 @@ class Case:
     threads: str
     set: str
     device: str
+    on_gpu: bool
     rows: dict[str, dict[str, Row]] = field(default_factory=dict)
 
     @property
@@ -56,10 +58,6 @@ class Case:
         return next((name for name in ways if "," not in name), ways[0] if ways else None)
 
     @property
-    def on_gpu(self) -> bool:
-        return any(name.startswith(("ours cuda", "ours triton")) for name in self.rows)
-
-    @property
     def peers(self) -> list[str]:
         return [name for name in self.rows if self.kind(name) != "ours"]
 
@@ -74,7 +72,7 @@ class Case:
         return number(self.rows.get(name or "", {}).get(mode), f"ms_p{quantile}")
 
     def fastest(self, kind: str, mode: str | None = None) -> str | None:
-        """Of a kind's settings the fastest: a peer is shown at its best."""
+        """Of a kind's forms and settings the fastest: a peer is shown at its best."""
         timed = [(self.ms(n, mode or self.mode), n) for n in self.rows if self.kind(n) == kind]
         return min(((ms, n) for ms, n in timed if ms is not None), default=(0, None))[1]
 
@@ -104,7 +102,8 @@ def group(rows: Iterable[Row]) -> list[Case]:
         threads = str(row.get("threads") or "")
         key = (row["loss"], row["shape"], row["dtype"], threads, str(row.get("set") or "default"), device(row))
         name = f"{row['provider']} {row['setting']}".strip()
-        found.setdefault(key, Case(*key)).rows.setdefault(name, {})[row["mode"]] = row
+        on_gpu = (row.get("device") or "cpu") != "cpu"
+        found.setdefault(key, Case(*key, on_gpu)).rows.setdefault(name, {})[row["mode"]] = row
     return list(found.values())
 
 

@@ -17,22 +17,23 @@ from .document import Block, Code, Heading, Picture, Text
 WHOLE = "detection_distillation"
 VERSIONS = ("torch", "triton", "liger", "liger_kernel", "cuda", "driver", "python")
 COPY = """The copy reads both inputs and writes one output of the same size, in the same run: into memory that was
-touched before, and into fresh pages. Its share is its time over the row's: at 100 % data moves as fast as in the copy.
-Ours writes its gradient into huge pages where the system grants them, so it can be faster than the copy into fresh
-pages."""
-LEGEND = """Milliseconds: the median, and p20 to p80 in brackets. x eager, x `torch.compile`, x Liger: how many times
-as fast as that peer at the faster of its settings, forward and backward together. GB/s: what must move at least (inputs
-read once, the gradient written once) over the time. Forward memory is that of one forward with a graph, without its
-inputs: the most at any moment, what is kept for the backward, and how far the process grew, scratch memory included.
-Errors are max|x - x64| / max|x64| against the formula in float64."""
+touched before, and into fresh pages (for masks, which have no gradient, it only writes). Its share is its time over the
+row's: at 100 % data moves as fast as in the copy. Ours writes its gradient into huge pages where the system grants
+them, so it can be faster than the copy into fresh pages."""
+LEGEND = """Milliseconds: the median, and p20 to p80 in brackets. x eager, x `torch.compile`, x Liger: how many times as
+fast as that peer at the fastest of its forms and settings, forward and backward together. GB/s: what must move at least
+(inputs read once, the gradient written once) over the time. Forward memory is that of one forward with a graph, without
+its inputs: the most at any moment, what is kept for the backward, and how far the process grew, scratch memory
+included. Errors are max|x - x64| / max|x64| against the formula in float64."""
 HEADLINE = """Forward and backward together, a line per loss and dtype. The x columns are how many times as fast as the
-formula that users copy (eager), as `torch.compile` of it at its best setting and as Liger: least and most over all
-shapes measured, the largest of which is shown in full. Forward memory is its peak, inputs excluded: in one pass the
-gradient is already there."""
+formula that users copy (eager), as `torch.compile` of it and as Liger, each at its fastest form and setting: least and
+most over the shapes of the default set, the largest of which is shown in full. Forward memory is its peak, inputs
+excluded: in one pass the gradient is already there."""
 RULE = """A row for every case, dtype and mode in which a peer has the smaller median, however small the difference; in
 which its forward peaks or keeps more than {part:g} % and {least:,} bytes less; or in which its error is smaller by more
 than half an eps of the result's dtype, which the last rounding of an exact result can do by itself. Ours is the default
-way at the widest instruction set. "The spreads overlap": p20 to p80 of both do, so another run may say the opposite."""
+way at the widest instruction set. Where the spreads overlap, p20 to p80 of one and the other, another run may say the
+opposite. Each reason stands above its rows."""
 OTHER_WAYS = """Medians of forward and backward together; other ways are a lower instruction set, two passes, a call per
 loss."""
 SCALING = """Both axes are logarithmic. On the left, where a line is flat, time goes into calls and not into data; on
@@ -45,7 +46,8 @@ ours is faster than the default one in {ways}: [{page}]({page}) lists them, besi
 `python benchmarks/pages.py` makes these tables and pictures from `benchmarks/results/`."""
 MADE = """Made by `python benchmarks/pages.py` from the rows in `benchmarks/results/`: a change here is overwritten.
 Every provider is first held against float64; then all of them are timed interleaved in one process, from raw inputs to
-the student's gradient."""
+the student's gradient. `python benchmarks/guard.py NEW.csv` says whether a new run has become slower, and `python -m
+kdkernels bench --report FOLDER` makes a web page like this one of its own rows."""
 
 
 def _values(rows: Sequence[Row], column: str) -> list[str]:
@@ -79,8 +81,9 @@ def commands(rows: Sequence[Row]) -> str:
 
 
 def _default(cases: Sequence[Case]) -> list[Case]:
-    """The cases that the headline speaks of: those of the default set, if the rows name sets."""
-    return [case for case in cases if case.set == "default"] or list(cases)
+    """The cases that the headline speaks of: those of the default set, which on a GPU has the large shapes, too."""
+    sets = ("default", "large") if cases[0].on_gpu else ("default",)
+    return [case for case in cases if case.set in sets] or list(cases)
 
 
 def _overview(cases: Sequence[Case], folder: str) -> list[Block]:
@@ -124,7 +127,9 @@ def machine(folder: str, rows: Sequence[Row], reasons: Mapping[str, str], level:
     blocks += [Heading(level, "Overview"), *_summary(_default(cases), folder)]
     blocks.append(Heading(level, "Where a peer is faster, leaner or more accurate"))
     blocks.append(Text(RULE.format(part=100 * lost.LEAST_PART, least=lost.LEAST_BYTES)))
-    blocks.append(tables.of_defeats(defeats, reasons) if defeats else Text("Nowhere in these rows."))
+    for why, lines in tables.of_defeats(defeats, reasons):
+        blocks += [Text(f"**Why:** {why}"), lines]
+    blocks += [] if defeats else [Text("Nowhere in these rows.")]
     blocks += [Heading(level, "Where another way of ours is faster than the default one"), Text(OTHER_WAYS)]
     blocks.append(tables.of_other_ways(ways) if ways else Text("Nowhere in these rows."))
     pictures: list[Block] = []

@@ -91,7 +91,7 @@ def markdown(blocks: Sequence[Block], pictures: str) -> str:
 
 STYLE = """
 :root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 78rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 96rem; margin: 2rem auto; padding: 0 1rem; }
 h1, h2, h3 { line-height: 1.2; margin-top: 2rem; }
 p { max-width: 60rem; }
 .wide { overflow-x: auto; }

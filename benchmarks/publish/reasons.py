@@ -9,7 +9,10 @@ KEEPS_THE_GRADIENT = (
     "One pass: the forward makes the gradient and keeps it, and lets student and teacher go, which as inputs are not "
     "counted. The peer keeps both and makes the gradient in its backward, as ours does with `one_pass=False`."
 )
-NEIGHBOURS = "Both are float32 neighbours of the exact value: the sum's order decides which, and ours is fixed."
+NEIGHBOURS = (
+    "The two losses are neighbours among float32 numbers, and the order of the sum decides between them: ours is the "
+    "peer's number at AVX2, where the order is another."
+)
 
 REASONS: dict[str, str] = {
     "temperature_kl/loss error/eager/float32/64x50257": NEIGHBOURS,

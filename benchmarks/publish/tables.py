@@ -18,12 +18,13 @@ TITLES = {
     "binary_kl": "binary KL",
     "bounded_regression": "bounded regression",
     "masks": "masks from boxes",
+    "masked_mse_boxes": "masked MSE with its boxes",
     "detection_distillation": "whole objective",
     "detection_distillation_features": "objective, features alone",
     "detection_distillation_heads": "objective, heads alone",
 }
 NAMES = {"eager": "eager", "compiled": "`torch.compile`", "liger": "Liger"}
-MODE_NAMES = {"both": "forward + backward", "no_grad": "without a graph"}
+MODE_NAMES = {"both": "forward + backward", "no_grad": "without a graph", "replay": "CUDA graph replay"}
 LIGER_HAS = ("temperature_kl",)
 NOTHING = "-"
 
@@ -70,15 +71,15 @@ def _percent(part: float | None) -> str:
 
 
 def share(case: Case, name: str | None, which: str) -> float | None:
-    """The copy's time over the provider's; only where a gradient is written, as the copy writes one output."""
-    ms, floor = case.ms(name, "both"), case.floor(which)
+    """The copy's time over the provider's, in the mode that sums the case up."""
+    ms, floor = case.ms(name, case.mode), case.floor(which)
     return floor / ms if ms and floor else None
 
 
 def _peer(loss: str, cases: Sequence[Case], kind: str) -> str:
     found = span([case.times(case.ours, case.fastest(kind)) for case in cases])
     if found == NOTHING and kind == "liger":
-        return f"{NOTHING} (needs a GPU)" if loss in LIGER_HAS and not any(c.on_gpu for c in cases) else NOTHING
+        return f"{NOTHING} (needs a GPU)" if loss in LIGER_HAS and not cases[0].on_gpu else NOTHING
     return found
 
 
@@ -164,16 +165,16 @@ def _measured(kind: str, value: float) -> str:
     return _error(value) if kind in lost.ERRORS else f"{figures(value)} ms"
 
 
-def of_defeats(found: Sequence[lost.Defeat], reasons: Mapping[str, str]) -> Table:
-    """A line per defeat."""
-    body = []
+def of_defeats(found: Sequence[lost.Defeat], reasons: Mapping[str, str]) -> list[tuple[str, Table]]:
+    """The defeats by their reason: a reason, and a table with a line per defeat."""
+    header = ["loss", "shape", "dtype", "in", "peer", "ours", "peer's", "ours / peer's", "spreads"]
+    parts: dict[str, list[list[str]]] = {}
     for d in found:
-        ratio = figures(d.ours / d.theirs) if d.theirs else "all"
-        why = d.reason(reasons) or "NOT EXPLAINED YET"
-        why += " (The spreads overlap.)" if d.overlaps else ""
         line = [title(d.case.loss), d.case.shape, d.case.dtype, MODE_NAMES.get(d.kind, d.kind), d.peer]
-        body.append([*line, _measured(d.kind, d.ours), _measured(d.kind, d.theirs), ratio, why])
-    return Table(["loss", "shape", "dtype", "in", "peer", "ours", "peer's", "ours / peer's", "why"], body)
+        line += [_measured(d.kind, d.ours), _measured(d.kind, d.theirs)]
+        line += [figures(d.ours / d.theirs) if d.theirs else NOTHING, "overlap" if d.overlaps else NOTHING]
+        parts.setdefault(d.reason(reasons) or "Not explained yet.", []).append(line)
+    return [(why, Table(header, body)) for why, body in parts.items()]
 
 
 def of_other_ways(found: Sequence[tuple[Case, str]]) -> Table:
