@@ -19,11 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import measure
-import pages
 import report
 import torch
 from judge import Judge, tensors
-from publish import plots
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -208,7 +206,9 @@ def main(benchmarks: Sequence[Benchmark], arguments: Sequence[str] | None = None
     if options.csv is not None:
         report.check_header(options.csv)  # now, not after an hour
     if options.report is not None:
-        plots.pyplot()  # matplotlib, too, is missed now
+        import pages
+
+        pages.plots.pyplot()  # a missing matplotlib is told now, too
     torch.set_num_threads(options.threads)
     good, found, began = True, [], time.monotonic()
     for benchmark in chosen:
