@@ -44,7 +44,7 @@ class Case:
 
     @property
     def title(self) -> str:
-        threads = f", {self.threads} threads" if self.threads else ""
+        threads = f", {self.threads} thread{'s' * (self.threads != '1')}" if self.threads else ""
         return f"{self.loss}, {self.shape}, {self.dtype}{threads}"
 
     def kind(self, name: str) -> str:

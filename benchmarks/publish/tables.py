@@ -148,6 +148,8 @@ def whole_case(case: Case) -> Table:
     columns["share of a copy: touched"] = lambda name: _percent(share(case, name, "touched"))
     columns["fresh"] = lambda name: _percent(share(case, name, "fresh"))
     columns["GB/s"] = lambda name: figures(case.of(name, "gb_per_s"))
+    if any(case.of(name, "host_us") is not None for name in case.rows):
+        columns["launching it, us"] = lambda name: figures(case.of(name, "host_us"))
     for text, column in {"forward memory: peak": "peak", "kept": "kept", "process": "resident"}.items():
         columns[text] = lambda name, column=column: size(case.of(name, f"forward_{column}_bytes"))
     for text, column in {"error: loss": "loss_error", "gradient": "gradient_error"}.items():
