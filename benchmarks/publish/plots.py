@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .cases import Case, by_loss, largest
-from .tables import title
+from .tables import figures, title
 
 # Colour and marker of each provider, and of the copy.
 LOOKS = {
@@ -110,36 +110,47 @@ def _bytes(x: float) -> str:
     return f"{x:g} GB"
 
 
-def _overview_cases(cases: Sequence[Case]) -> list[Case]:
-    found = []
-    for of_loss in by_loss([case for case in cases if case.ours and case.floor("touched")]).values():
+def _overview_cases(cases: Sequence[Case]) -> dict[tuple[str, str], dict[str, Case]]:
+    """(loss, shape) -> dtype -> case: of each loss and dtype the largest shape."""
+    found: dict[tuple[str, str], dict[str, Case]] = {}
+    for loss, of_loss in by_loss([case for case in cases if case.ours and case.floor("touched")]).items():
         for dtype in dict.fromkeys(case.dtype for case in of_loss):
-            found.append(largest([case for case in of_loss if case.dtype == dtype]))
+            case = largest([case for case in of_loss if case.dtype == dtype])
+            found.setdefault((loss, case.shape), {})[dtype] = case
     return found
 
 
 def overview(cases: Sequence[Case], path: Path) -> None:
-    """Bars: how many copies' time each provider needs, for each loss and dtype at the largest shape. 1 is the copy."""
+    """Bars: how many copies' time each provider needs, for each loss at its largest shape, a panel per dtype."""
     plt = pyplot()
-    chosen = _overview_cases(cases)
-    kinds = _kinds(chosen)
+    lines = _overview_cases(cases)
+    dtypes = list(dict.fromkeys(dtype for of_line in lines.values() for dtype in of_line))
+    kinds = _kinds([case for of_line in lines.values() for case in of_line.values()])
     height = 0.8 / len(kinds)
-    figure, axes = plt.subplots(figsize=(9, 1.5 + 0.62 * len(chosen)), layout="constrained")
-    for i, kind in enumerate(kinds):
-        bars = [(j, ms / case.floor("touched")) for j, case in enumerate(chosen) if (ms := _median(case, kind))]
-        at = [j + height * (i - (len(kinds) - 1) / 2) for j, _ in bars]
-        drawn = axes.barh(at, [x for _, x in bars], 0.92 * height, color=_look(kind)[0], label=LABELS.get(kind, kind))
-        axes.bar_label(drawn, [f"{x:.3g}" for _, x in bars], padding=3, fontsize=8)
-    axes.axvline(1, color="#333333", linewidth=1.2, linestyle="--", label="copy into touched memory")
-    texts = [f"{title(case.loss)}, {case.dtype}\n{case.shape.replace('x', ' x ')}" for case in chosen]
-    axes.set_yticks(range(len(chosen)), texts, fontsize=8.5)
-    axes.set(xscale="log", xlabel="time of forward + backward, in copies of the same bytes (log scale; less is better)")
-    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-    axes.margins(x=0.1, y=0.01)
-    axes.invert_yaxis()
-    axes.grid(True, axis="x", color="#dddddd", linewidth=0.7)
-    axes.set_axisbelow(True)
-    figure.legend(loc="outside upper center", ncols=4, frameon=False)
+    size = (2.4 + 3.6 * len(dtypes), 1.5 + 0.62 * len(lines))
+    figure, panels = plt.subplots(
+        1, len(dtypes), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    for axes, dtype in zip(panels[0], dtypes):
+        chosen = [(j, of_line[dtype]) for j, of_line in enumerate(lines.values()) if dtype in of_line]
+        for i, kind in enumerate(kinds):
+            bars = [(j, ms / case.floor("touched")) for j, case in chosen if (ms := _median(case, kind))]
+            at = [j + height * (i - (len(kinds) - 1) / 2) for j, _ in bars]
+            label = LABELS.get(kind, kind)
+            drawn = axes.barh(at, [x for _, x in bars], 0.92 * height, color=_look(kind)[0], label=label)
+            axes.bar_label(drawn, [figures(x) for _, x in bars], padding=3, fontsize=8)
+        axes.axvline(1, color="#333333", linewidth=1.2, linestyle="--", label="copy into touched memory")
+        axes.set(xscale="log", title=dtype)
+        axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        axes.margins(x=0.15, y=0.02)
+        axes.grid(True, axis="x", color="#dddddd", linewidth=0.7)
+        axes.set_axisbelow(True)
+    texts = [f"{title(loss)}\n{shape.replace('x', ' x ')}" for loss, shape in lines]
+    panels[0][0].set_yticks(range(len(lines)), texts, fontsize=8.5)
+    panels[0][0].invert_yaxis()
+    figure.supxlabel("time of forward + backward, in copies of the same bytes (log scale; less is better)", fontsize=10)
+    handles, labels = max((axes.get_legend_handles_labels() for axes in panels[0]), key=lambda pair: len(pair[0]))
+    figure.legend(handles, labels, loc="outside upper center", ncols=3 + (size[0] > 7), frameon=False)
     _save(figure, path)
 
 
