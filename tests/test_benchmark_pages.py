@@ -1,4 +1,4 @@
-"""Pages made from benchmark rows: README, docs/benchmarks.md, pictures, the web page; and the regression guard.
+"""Pages made from benchmark rows: README, docs/benchmarks.md, pictures, the web page.
 
 Rows are made up, except in the first test, which holds the committed pages against the committed rows.
 """
@@ -6,59 +6,16 @@ Rows are made up, except in the first test, which holds the committed pages agai
 from __future__ import annotations
 
 import base64
-import csv
-import importlib
 import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
-FOLDER = ROOT / "benchmarks"
-pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="benchmarks/ is not beside these tests")
+from benchmark_rows import FOLDER, ROOT, bench, case, row, save  # noqa: F401
 
 
-@pytest.fixture(scope="module")
-def bench():
-    """benchmarks/ on the path, as for its own scripts: a function that imports one of its files by name."""
-    before = set(sys.modules)
-    sys.path.insert(0, str(FOLDER))
-    yield importlib.import_module
-    sys.path.remove(str(FOLDER))
-    for name in set(sys.modules) - before:
-        if FOLDER in Path(getattr(sys.modules[name], "__file__", None) or ".").parents:
-            del sys.modules[name]
-
-
-def row(provider, ms, *, setting="", mode="both", loss="pearson", shape="2x8x4x4", dtype="float32", **others):
-    """One row, with a spread of 2 % to both sides and the memory and errors of nobody in particular."""
-    low, middle, high = ms if isinstance(ms, tuple) else (0.98 * ms, ms, 1.02 * ms)
-    found = {"loss": loss, "shape": shape, "dtype": dtype, "provider": provider, "setting": setting, "mode": mode}
-    found |= {"ms_p20": low, "ms_p50": middle, "ms_p80": high, "bytes": 3072, "gb_per_s": 1.5}
-    found |= {"floor_touched_ms": 0.5, "floor_fresh_ms": 2, "forward_peak_bytes": 5000, "forward_kept_bytes": 5000}
-    found |= {"loss_error": 1e-8, "gradient_error": 1e-8, "cpu": "made up", "threads": 2, "date": "2026-01-02T03"}
-    return {key: str(value) for key, value in (found | others).items()}
-
-
-def case(ours=1.0, eager=10.0, compiled=3.0, **others):
-    """A case's three rows in one mode."""
-    times = {"ours": ours, "eager": eager, "compiled": compiled}
-    settings = {"ours": "avx2", "eager": "", "compiled": "default"}
-    return [row(provider, ms, setting=settings[provider], **others) for provider, ms in times.items()]
-
-
-def save(path, rows):
-    columns = list(dict.fromkeys(key for r in rows for key in r))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
-
-
+@pytest.mark.skipif(not FOLDER.is_dir(), reason="benchmarks/ is not beside these tests")
 def test_the_committed_pages_agree_with_the_committed_rows():
     """Without tabulate, which the README's test command does not install, and without matplotlib and torch."""
     block = "import sys, runpy; sys.argv = ['pages.py', '--check']; sys.path.insert(0, 'benchmarks')\n"
@@ -293,66 +250,3 @@ def test_wrong_files_are_told(bench, tmp_path, capsys):
     with pytest.raises(SystemExit):
         bench("pages").main([str(save(tmp_path / "x.csv", case()))])
     assert "with --html only" in capsys.readouterr().err
-
-
-OLD = {"ours": 1.0, "eager": 10.0, "compiled": 3.0}
-GUARDED = {
-    "the same": (OLD, 0),
-    "all of it slower": ({k: 2 * v for k, v in OLD.items()} | {"floor_touched_ms": 1.0}, 0),
-    "ours slower": (OLD | {"ours": 1.5}, 1),
-    "ours slower within the spreads": (OLD | {"ours": 1.05}, 0),
-    "ours faster": (OLD | {"ours": 0.5}, 0),
-    "ours slower and noisy": (OLD | {"ours": (0.9, 1.5, 2.5)}, 0),
-    "only eager faster": (OLD | {"eager": 5.0}, 0),
-    "only the copy faster": (OLD | {"floor_touched_ms": 0.25}, 0),
-    "all peers faster, the copy too": ({"ours": 1.0, "eager": 6, "compiled": 2, "floor_touched_ms": 0.3}, 1),
-}
-
-
-@pytest.mark.parametrize("name", GUARDED)
-def test_guard(bench, tmp_path, capsys, name):
-    changed, status = GUARDED[name]
-    old, new = save(tmp_path / "old.csv", case(**OLD)), save(tmp_path / "new.csv", case(**changed))
-    assert bench("guard").main([str(new), str(old)]) == status
-    out = capsys.readouterr().out
-    assert ("slower: pearson, 2x8x4x4, float32, 2 threads: ours avx2, forward + backward" in out) == bool(status)
-    assert ("faster: pearson" in out) == (name == "ours faster")
-    assert "1 rows of ours compared with old.csv" in out
-    if name == "ours slower":
-        # Both ratios and both spreads.
-        assert "over eager 0.100 (0.0961 - 0.104) -> 0.150 (0.144 - 0.156), x 1.50" in out
-        assert "copy 2.00" in out and "compiled 0.333" in out
-
-
-def test_guard_judges_every_mode_and_way(bench, tmp_path, capsys):
-    def rows(slow):
-        return case(mode="forward") + [row("ours", slow, setting="base", mode="forward")] + case()
-
-    files = [str(save(tmp_path / f"{i}.csv", rows(ms))) for i, ms in enumerate((2.0, 1.0))]
-    assert bench("guard").main(files) == 1
-    out = capsys.readouterr().out
-    assert out.count("slower: ") == 1 and "ours base, forward:" in out and "3 rows" in out
-
-
-def test_guard_lists_what_is_missing(bench, tmp_path, capsys):
-    old = save(tmp_path / "old.csv", [*case(), row("ours", 1.0, setting="base"), *case(shape="9x9")])
-    new = save(tmp_path / "new.csv", case() + case(dtype="bfloat16"))
-    assert bench("guard").main([str(new), str(old)]) == 0
-    out = capsys.readouterr().out
-    assert "only in the new file: pearson, 2x8x4x4, bfloat16, 2 threads\n" in out
-    assert "only in the committed file: pearson, 9x9, float32, 2 threads\n" in out
-    assert "only in the committed file: pearson, 2x8x4x4, float32, 2 threads: ours base\n" in out
-
-
-def test_guard_refuses_what_it_cannot_judge(bench, tmp_path, capsys):
-    guard, old = bench("guard"), save(tmp_path / "old.csv", case())
-    with pytest.raises(SystemExit):
-        guard.main([str(save(tmp_path / "a.csv", case(cpu="another"))), str(old)])
-    assert "another" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        guard.main([str(save(tmp_path / "b.csv", case(cpu="nobody's machine")))])
-    assert "no rows of nobody's machine" in capsys.readouterr().err
-    alone = [row("ours", 1.0, setting="avx2", floor_touched_ms="")]
-    assert guard.main([str(save(tmp_path / "c.csv", alone)), str(old)]) == 2
-    said = capsys.readouterr()
-    assert "no baseline in both: pearson" in said.out and "no row of ours" in said.err
