@@ -187,6 +187,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seconds", type=float, default=10.0, help="time spent sampling each shape and dtype; default: 10")
     add("--quick", action="store_true", help="one small shape, three rounds, one compile mode, no file: a smoke test")
     add("--csv", type=Path, help="append rows here; default: benchmarks/results/<machine>.csv, with --quick nowhere")
+    add("--report", type=Path, metavar="FOLDER", help="also write a self-contained web page of the run's rows there")
     add("--skip-tests", action="store_true", help="do not run the tests of what is timed first")
     return result
 
@@ -204,6 +205,10 @@ def main(benchmarks: Sequence[Benchmark], arguments: Sequence[str] | None = None
         options.csv = report.results_file()
     if options.csv is not None:
         report.check_header(options.csv)  # now, not after an hour
+    if options.report is not None:
+        import pages
+
+        pages.plots.pyplot()  # a missing matplotlib is told now, too
     torch.set_num_threads(options.threads)
     good, found, began = True, [], time.monotonic()
     for benchmark in chosen:
@@ -222,6 +227,8 @@ def main(benchmarks: Sequence[Benchmark], arguments: Sequence[str] | None = None
         native.set_cpu_capability(native.best_cpu_capability())
     if found:
         print(report.table(found))
+        if options.report is not None:
+            pages.webpage(options.report, found)
     if options.csv is not None and found:
         say(f"{len(found)} rows appended to {options.csv}")
     return 0 if good else 1

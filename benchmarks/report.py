@@ -1,7 +1,7 @@
-"""Rows, and where they go: the columns, one CSV per machine, the Markdown table, the plot.
+"""Rows, and where they go: the columns, and one CSV per machine.
 
 `python benchmarks/report.py benchmarks/results/<machine>.csv` prints the newest measurement of everything in a file as
-Markdown; `--plot out.png` draws it. A figure that is published elsewhere comes from here, out of a committed CSV.
+Markdown. A figure that is published comes out of a committed CSV, by pages.py; what tables look like is in publish/.
 """
 
 from __future__ import annotations
@@ -161,17 +161,6 @@ def read(path: Path) -> list[dict[str, str]]:
     return [row for row in every if row["date"] == newest[(*(row[c] for c in CASE), row["threads"])]]
 
 
-def _size(count: Any) -> str:
-    if count in ("", None):
-        return ""
-    value = float(count)
-    for unit in ("B", "KB", "MB"):
-        if abs(value) < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} GB"
-
-
 def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     try:
         from tabulate import tabulate
@@ -182,72 +171,26 @@ def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
-    """Markdown: a table per case with a line per provider; ratios and floors are those of forward plus backward."""
-    cases: dict[tuple[str, ...], dict[tuple[str, ...], dict[str, dict[str, Any]]]] = {}
-    for row in found:
-        case = cases.setdefault((*(row[c] for c in CASE), str(row["threads"])), {})
-        case.setdefault((row["provider"], row["setting"]), {})[row["mode"]] = row
-    header = ["provider", "forward", "backward", "both (p20 - p80)", "no grad", "x eager", "x compiled"]
-    header += ["over floor: touched", "fresh", "GB/s", "forward memory", "error: loss", "gradient"]
-    first = found[0]
-    parts = [
-        f"{first['cpu']}, {first['cores']} cores; torch {first['torch']}, kdkernels {first['kdkernels']} "
-        f"at {first['commit'] or 'no commit'}, {first['date']}, load {first['load']}.\n\n"
-        "Milliseconds, medians. For forward + backward: x eager, x compiled: how many times as fast; over floor: how "
-        "many times a read of both inputs and a write of one output; GB/s: inputs read and gradient written once. "
-        "Memory: the forward's peak beyond its inputs."
-    ]
-    for (loss, shape, dtype, threads), providers in cases.items():
-        body = []
-        for (provider, setting), modes in providers.items():
-            both = modes["both"]
-            line = [f"{provider} {setting}".strip(), modes["forward"]["ms_p50"], modes["backward"]["ms_p50"]]
-            line += [f"{both['ms_p50']} ({both['ms_p20']} - {both['ms_p80']})", modes["no_grad"]["ms_p50"]]
-            line += [both[c] for c in ("times_eager", "times_compiled", "over_touched", "over_fresh", "gb_per_s")]
-            line += [_size(both["forward_peak_bytes"]), both["loss_error"], both["gradient_error"]]
-            body.append([str(cell) for cell in line])
-        parts.append(
-            f"**{loss}, {shape}, {dtype}, {threads} threads**: floor {both['floor_touched_ms']} ms into a touched "
-            f"buffer, {both['floor_fresh_ms']} ms into a fresh one\n\n{_markdown(header, body)}"
-        )
+    """Markdown: what the rows were measured on, then a table per case with a line per provider."""
+    from publish import chapters, tables
+    from publish.cases import group
+
+    parts = [f"{chapters.setting(found)}.", *(" ".join(x.split()) for x in (chapters.LEGEND, chapters.COPY))]
+    for case in group(found):
+        whole = tables.whole_case(case)
+        parts += [tables.case_line(case), _markdown(whole.header, whole.body)]
     return "\n\n".join(parts)
 
 
-def plot(found: Sequence[dict[str, Any]], path: Path) -> None:
-    """Forward plus backward of every case as bars: ours at the best capability, eager, compiled."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    cases: dict[str, dict[str, float]] = {}
-    for row in found:
-        if row["mode"] == "both":
-            bars = cases.setdefault(" ".join(row[c] for c in CASE), {})
-            bars.setdefault(row["provider"], float(row["ms_p50"]))  # ours: the widest capability comes first
-    figure, axes = plt.subplots(figsize=(8, 0.6 + 0.45 * len(cases)))
-    for i, kind in enumerate(("ours", "eager", "compiled")):
-        at = [j + 0.27 * (i - 1) for j, bars in enumerate(cases.values()) if kind in bars]
-        axes.barh(at, [bars[kind] for bars in cases.values() if kind in bars], 0.25, label=kind)
-    axes.set(yticks=range(len(cases)), yticklabels=list(cases), xlabel="forward + backward, ms")
-    axes.invert_yaxis()
-    axes.set_title(f"{found[0]['cpu']}, {found[0]['threads']} threads, torch {found[0]['torch']}", fontsize=9)
-    axes.legend()
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints, and with --plot draws, the newest measurement of everything in a CSV."""
+    """Prints the newest measurement of everything in a CSV."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("csv", type=Path)
-    parser.add_argument("--plot", type=Path, help="also draw forward + backward into this picture")
     options = parser.parse_args(arguments)
     found = read(options.csv)
     if not found:
         parser.error(f"{options.csv} has no rows")
     print(table(found))
-    if options.plot:
-        plot(found, options.plot)
     return 0
 
 

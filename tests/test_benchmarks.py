@@ -18,7 +18,7 @@ from kdkernels import __main__ as command_line
 from kdkernels import native
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-ENTRY_POINTS = ["run", "harness", "judge", "measure", "report", "gpu", "compile_gates"]
+ENTRY_POINTS = ["run", "harness", "judge", "measure", "report", "gpu", "compile_gates", "pages", "guard"]
 
 
 @pytest.fixture(scope="module")
