@@ -142,7 +142,10 @@ def run_case(
 
 def parser() -> argparse.ArgumentParser:
     """The options that every script and the whole table share."""
-    result = argparse.ArgumentParser(prog="python -m kdkernels bench", description=__doc__.splitlines()[0])
+    result = argparse.ArgumentParser(
+        prog="python -m kdkernels bench" if Path(sys.argv[0]).name == "__main__.py" else None,
+        description=__doc__.splitlines()[0],
+    )
     add = result.add_argument
     add("losses", nargs="*", metavar="loss", help="only these; default: all")
     add("--device", default="cpu", choices=["cpu", "cuda"], help="default: cpu")
@@ -153,7 +156,7 @@ def parser() -> argparse.ArgumentParser:
     kinds = "default: all, and for the scaling set ours at its best and eager"
     add("--providers", nargs="+", choices=providers.KINDS, help=kinds)
     add("--rounds", type=int, help="samples per provider; default: as many as --seconds allow, 9 to 200")
-    add("--seconds", type=float, default=3.0, help="time spent sampling each shape and dtype; default: 3")
+    add("--seconds", type=float, default=2.0, help="time spent sampling each shape and dtype; default: 2")
     add("--budget", type=float, default=math.inf, help="begin no further case after so many seconds, and say which")
     add("--quick", action="store_true", help="the quick set, three rounds, one compile mode, no file: a smoke test")
     add("--csv", type=Path, help="append rows here; default: benchmarks/results/<machine>.csv, with --quick nowhere")

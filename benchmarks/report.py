@@ -250,8 +250,11 @@ def table(found: Sequence[dict[str, Any]]) -> str:
     header = ["provider", "forward", "backward", "both (p20 - p80)", "no grad", "x eager", "x compiled"]
     header += ["over floor: touched", "fresh", "GB/s", "forward memory", "error: loss", "gradient"]
     first = found[0]
+    on_gpu = first.get("device", "") not in ("", "cpu")
+    where = first["device"] if on_gpu else f"{first['cpu']}, {first['cores']} cores"
+    header += ["replayed", "host, us"] if on_gpu else []
     parts = [
-        f"{first['cpu']}, {first['cores']} cores; torch {first['torch']}, kdkernels {first['kdkernels']} "
+        f"{where}; torch {first['torch']}, kdkernels {first['kdkernels']} "
         f"at {first['commit'] or 'no commit'}, {first['date']}, load {first['load']}.\n\n"
         "Milliseconds, medians. For forward + backward: x eager, x compiled: how many times as fast; over floor: how "
         "many times a read of both inputs and a write of one output; GB/s: inputs read and gradient written once. "
@@ -265,10 +268,11 @@ def table(found: Sequence[dict[str, Any]]) -> str:
             line += [f"{both['ms_p50']} ({both['ms_p20']} - {both['ms_p80']})", modes["no_grad"]["ms_p50"]]
             line += [both[c] for c in ("times_eager", "times_compiled", "over_touched", "over_fresh", "gb_per_s")]
             line += [_size(both["forward_peak_bytes"]), both["loss_error"], both["gradient_error"]]
+            line += [modes.get("replay", {}).get("ms_p50", ""), both["host_us"]] if on_gpu else []
             body.append([str(cell) for cell in line])
         parts.append(
             f"**{loss}, {shape}, {dtype}, {threads} threads**: floor {both['floor_touched_ms']} ms into a touched "
-            f"buffer, {both['floor_fresh_ms']} ms into a fresh one\n\n{_markdown(header, body)}"
+            f"buffer, {both['floor_fresh_ms'] or '-'} ms into a fresh one\n\n{_markdown(header, body)}"
         )
     return "\n\n".join(parts)
 

@@ -7,6 +7,7 @@ bandwidth-bound, `quick` a smoke test. Shapes may be added freely; rows of a sha
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -52,7 +53,9 @@ def parse(text: str) -> str | Shape:
     if text in NAMES:
         return text
     if not re.fullmatch(r"\d+(x\d+)+", text):
-        raise ValueError(f"{text!r} is neither one of {', '.join(NAMES)} nor a shape such as 2x256x100x152")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither one of {', '.join(NAMES)} nor a shape such as 2x256x100x152"
+        )
     return tuple(int(x) for x in text.split("x"))
 
 
@@ -60,12 +63,19 @@ def parse(text: str) -> str | Shape:
 FEATURES = Shapes(
     quick=(2, 8, 12, 20),
     default=[
-        *[(2, 256, 200, 336), (2, 256, 100, 152), (2, 256, 13, 21), (8, 256, 50, 84), (8, 64, 160, 160)],
-        *[(2, 1024, 50, 84), (3, 255, 67, 101)],
+        *[(2, 256, 200, 336), (2, 256, 100, 152), (2, 256, 13, 21), (8, 64, 160, 160), (2, 1024, 50, 84)],
+        (3, 255, 67, 101),
     ],
     more=[
-        *[(2, 256, 100, 168), (2, 256, 50, 84), (2, 256, 25, 42), (8, 256, 100, 168), (8, 256, 25, 42)],
-        *[(16, 256, 100, 168), (16, 256, 50, 84), (16, 256, 25, 42), (8, 64, 200, 336), (2, 1024, 100, 168)],
+        *[(2, 256, 100, 168), (2, 256, 50, 84), (2, 256, 25, 42), (8, 256, 100, 168), (8, 256, 50, 84)],
+        *[
+            (16, 256, 100, 168),
+            (16, 256, 50, 84),
+            (8, 256, 25, 42),
+            (16, 256, 25, 42),
+            (8, 64, 200, 336),
+            (2, 1024, 100, 168),
+        ],
         *[(2, 256, 160, 160), (8, 256, 80, 80), (16, 256, 80, 80), (16, 256, 40, 40), (16, 256, 20, 20)],
     ],
     large=[(8, 256, 200, 336), (16, 256, 200, 336), (8, 1024, 100, 168)],

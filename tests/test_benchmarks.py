@@ -250,7 +250,7 @@ def test_large_cases_are_left_out_on_a_cpu(bench, capsys):
     ("arguments", "said"),
     [
         (["pearsn"], "no benchmark of pearsn"),
-        (["--shapes", "biggest"], "invalid parse value: 'biggest'"),
+        (["--shapes", "biggest"], "'biggest' is neither one of default"),
         (["--shapes", "2x8x9x7"], "name the losses"),
         (["pearson", "temperature_kl", "--shapes", "2x8x9x7"], "a shape of temperature_kl is like 16x100"),
         (["--device", "cuda"], "sees no GPU"),
@@ -314,6 +314,8 @@ def test_the_gpu_clock_in_small(bench, tmp_path, monkeypatch):
         assert len(rows) == 2 * (4 if benchmark.gradient else 1), benchmark.loss
         assert all(float(r["ms_p50"]) > 0 and float(r["share_of_copy"]) > 0 and not r["floor_fresh_ms"] for r in rows)
         assert {r["host_us"] for r in rows if r["mode"] == "both"} <= {"10.0"}
+        on_a_gpu = report.table([row | {"device": "some GPU"} for row in rows])
+        assert on_a_gpu.startswith("some GPU; torch") and "replayed" in on_a_gpu
         if benchmark.gradient:
             assert gpu.trial(benchmark.eager, inputs, 1) > 0
             sets = gpu.rotation(benchmark, inputs)
