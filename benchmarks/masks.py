@@ -33,7 +33,7 @@ def boxes_of(pictures: int, count: int, height: int, width: int, generator: torc
     found = []
     for _ in range(pictures):
         scale = torch.rand(count, 2, generator=generator)
-        sides = 8 * (torch.tensor([width, height]) / 8) ** scale
+        sides = 3 * (torch.tensor([width, height]) / 3) ** scale
         corner = torch.rand(count, 2, generator=generator) * (torch.tensor([width, height]) - sides - 1).clamp(min=0)
         found.append(torch.cat([corner, corner + sides - 1], dim=1))
     return found
