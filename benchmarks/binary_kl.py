@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from harness import Benchmark, kdkernels, main
+from shapes import Shapes
 from temperature_kl import inputs
 from torch import Tensor
 
@@ -22,13 +24,20 @@ def eager(student: Tensor, teacher: Tensor) -> Tensor:
     return (present + absent).sum() / student[..., 0].numel() * TEMPERATURE**2
 
 
+ours = partial(kdkernels.binary_kl_loss, temperature=TEMPERATURE)
 BENCHMARK = Benchmark(
     "binary_kl",
     inputs,
-    lambda student, teacher: kdkernels.binary_kl_loss(student, teacher, temperature=TEMPERATURE),
+    ours,
     eager,
-    shapes=[(8, 16800, 80)],
-    quick_shape=(2, 64, 80),
+    Shapes(
+        quick=(2, 64, 80),
+        default=[(8, 16_800, 80), (2, 16_800, 80), (8, 900, 80), (3, 777, 91)],
+        more=[(16, 16_800, 80), (8, 8400, 80), (16, 8400, 80), (2, 8400, 1203), (16, 300, 91)],
+        large=[(64, 16_800, 80)],
+        scaling=[(1, 16, 64), (1, 256, 64), (1, 4096, 64), (8, 4096, 64), (8, 16_384, 64), (8, 65_536, 64)],
+    ),
+    variants={"two passes": partial(ours, one_pass=False)},
 )
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from harness import Benchmark, kdkernels, main
+from shapes import Shapes
 from torch import Tensor
 
 
@@ -33,11 +35,17 @@ def eager(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
 BENCHMARK = Benchmark(
     "bounded_regression",
     inputs,
-    lambda student, teacher, target: kdkernels.bounded_regression_loss(student, teacher, target),
+    kdkernels.bounded_regression_loss,
     eager,
-    shapes=[(2048, 4), (200000, 4)],
-    quick_shape=(64, 4),
+    Shapes(
+        quick=(64, 4),
+        default=[(512, 4), (2048, 4), (16_384, 4), (200_000, 4)],
+        more=[(777, 4), (2000, 4), (134_400, 4)],
+        large=[(16_000_000, 4)],
+        scaling=[(16, 4), (256, 4), (4096, 4), (65_536, 4), (1_048_576, 4), (4_194_304, 4)],
+    ),
     reads=3,
+    variants={"two passes": partial(kdkernels.bounded_regression_loss, one_pass=False)},
 )
 
 if __name__ == "__main__":

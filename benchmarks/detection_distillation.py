@@ -6,6 +6,7 @@ levels of 256 channels; heads are decoupled KL and teacher-bounded regression.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +17,7 @@ import masked_mse
 import pearson
 import torch
 from harness import Benchmark, kdkernels, main
+from shapes import Shapes
 from torch import Tensor
 
 TERMS = {
@@ -142,24 +144,43 @@ def separate_all(students: list[Tensor], teachers: list[Tensor], masks: list[Ten
     return features + separate_heads(students[LEVELS:], teachers[LEVELS:], *rows)
 
 
-def _benchmark(part: str, inputs: Any, ours: Any, separate: Any, eager: Any, shapes: Any, quick: Any) -> Benchmark:
+def elements(shape: Sequence[int]) -> int:
+    """The students' elements on all levels."""
+    n, c, h, w = shape
+    return n * c * sum(-(-h // 2**i) * -(-w // 2**i) for i in range(LEVELS))
+
+
+def _benchmark(part: str, inputs: Any, ours: Any, separate: Any, eager: Any, shapes: Shapes, size: Any) -> Benchmark:
     return Benchmark(
         "detection_distillation" + part,
         inputs,
         ours("auto"),
         eager,
-        shapes=shapes,
-        quick_shape=quick,
+        shapes,
         tests="detection_distillation",
         variants={"two passes": ours(False), "separate calls": separate},
+        elements=size,
     )
 
 
-COCO = [(2, 256, 200, 336)]
+QUICK = (2, 8, 12, 20)
+LARGE = [(8, 256, 200, 336), (16, 256, 200, 336)]
+LADDER = [(1, 16, 16, 16), (1, 64, 32, 32), (1, 256, 64, 64), (2, 256, 100, 100), (2, 256, 128, 128)]
+MORE = [(2, 256, 160, 160), (8, 256, 50, 84), (3, 255, 67, 101)]
+ALL = Shapes(
+    QUICK, [(2, 256, 200, 336), (2, 256, 80, 80)], [(8, 256, 80, 80), *MORE], LARGE, [*LADDER, (2, 256, 192, 192)]
+)
+ON_LEVELS = Shapes(QUICK, [(2, 256, 100, 168)], [(2, 256, 200, 336), *MORE], LARGE, LADDER)
+ROWS = Shapes(
+    (64, 81),
+    default=[(512, 81), PROPOSALS, (2000, 1204)],
+    more=[(512, 21), (2000, 81), (1024, 1204)],
+    scaling=[(16, 64), (128, 64), (1024, 64), (8192, 64), (65_536, 64)],
+)
 BENCHMARKS = [
-    _benchmark("", all_inputs, ours_of_all, separate_all, eager_all, COCO, (2, 8, 12, 20)),
-    _benchmark("_features", feature_inputs, ours_of_features, separate_features, eager_features, COCO, (2, 8, 12, 20)),
-    _benchmark("_heads", head_inputs, ours_of_heads, separate_heads, eager_heads, [PROPOSALS], (64, 81)),
+    _benchmark("", all_inputs, ours_of_all, separate_all, eager_all, ALL, elements),
+    _benchmark("_features", feature_inputs, ours_of_features, separate_features, eager_features, ON_LEVELS, elements),
+    _benchmark("_heads", head_inputs, ours_of_heads, separate_heads, eager_heads, ROWS, math.prod),
 ]
 
 if __name__ == "__main__":

@@ -39,10 +39,15 @@ def leaf(student: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
     return leaves[0] if isinstance(student, Tensor) else leaves
 
 
-def evaluate(function: Callable[..., Tensor], inputs: Sequence[Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss without a graph, the loss with one, and the student's gradient, all of its tensors in one row."""
+def evaluate(function: Callable[..., Any], inputs: Sequence[Any], gradient: bool = True) -> tuple[Tensor, ...]:
+    """The loss without a graph, the loss with one, and the student's gradient, all of its tensors in one row.
+
+    Of what has no gradient, its tensors in one row, alone.
+    """
     with torch.no_grad():
         alone = function(*inputs)
+    if not gradient:
+        return (torch.cat([x.flatten() for x in tensors(alone)]),)
     student = leaf(inputs[0])
     loss = function(student, *inputs[1:])
     loss.backward()
@@ -55,21 +60,24 @@ def evaluate(function: Callable[..., Tensor], inputs: Sequence[Any]) -> tuple[Te
 class Judge:
     """Holds one set of inputs' exact answer; collects the errors of whom it accepts and the refusals, in words."""
 
-    def __init__(self, formula: Callable[..., Tensor], inputs: Sequence[Any]):
-        wide = pytree.tree_map(lambda x: x.double() if x.is_floating_point() else x, list(inputs))
-        self.truth = evaluate(formula, wide)
-        self.peer = self._errors(evaluate(formula, inputs))
+    def __init__(self, formula: Callable[..., Any], inputs: Sequence[Any], gradient: bool = True):
+        def widened(x: Any) -> Any:
+            return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+        self.gradient = gradient
+        self.truth = evaluate(formula, pytree.tree_map(widened, list(inputs)), gradient)
+        self.peer = self._errors(evaluate(formula, inputs, gradient))
         self.errors: dict[str, tuple[float, float]] = {}
         self.refusals: list[str] = []
 
     def _errors(self, found: Sequence[Tensor]) -> tuple[float, float]:
-        without, loss, grad = (error(x, x64) for x, x64 in zip(found, self.truth))
-        return max(without, loss), grad
+        worst = [error(x, x64) for x, x64 in zip(found, self.truth, strict=True)]
+        return (max(worst[:2]), worst[2]) if self.gradient else (worst[0], 0.0)
 
     def accepts(
         self,
         name: str,
-        function: Callable[..., Tensor],
+        function: Callable[..., Any],
         inputs: Sequence[Any],
         prepare: Callable[[], object] = lambda: None,
         *,
@@ -77,10 +85,10 @@ class Judge:
     ) -> bool:
         """Whether loss and gradient of a provider are right; keeps its errors, or says why it is refused."""
         prepare()
-        found = evaluate(function, inputs)
+        found = evaluate(function, inputs, self.gradient)
         wrong = []
         errors = self._errors(found)
-        for what, got, peer, x in zip(("loss", "gradient"), errors, self.peer, found[1:]):
+        for what, got, peer, x in zip(("loss", "gradient"), errors, self.peer, found[-2:]):
             if ours:
                 accepted = 2 * peer + 4 * torch.finfo(x.dtype).eps
             else:

@@ -1,4 +1,4 @@
-"""Time, floors and memory of providers on the CPU. How anything is measured is decided here.
+"""Time, floors and memory of providers on the CPU: what is measured there, and how (on a GPU: gpu.py).
 
 One sample of a provider is a forward with a graph, its backward, and a forward without a graph; forward plus backward
 ("both") is the same clock read across the two, not a sum of medians. Samples of all providers and both floors
@@ -21,7 +21,8 @@ from judge import leaf, tensors
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from harness import Provider
+    from harness import Benchmark
+    from providers import Provider
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own lines would bury the progress
 MODES = ("forward", "backward", "both", "no_grad")
@@ -34,7 +35,20 @@ def _clear(student: Any) -> None:
         x.grad = None
 
 
-def _sample(function: Callable[..., Tensor], student: Any, constants: Sequence[Any]) -> dict[str, float]:
+def _call(function: Callable[..., Any], inputs: Sequence[Any]) -> float:
+    with torch.no_grad():
+        start = time.perf_counter()
+        result = function(*inputs)
+        stop = time.perf_counter()
+    del result
+    return stop - start
+
+
+def _sample(
+    function: Callable[..., Any], student: Any, constants: Sequence[Any], gradient: bool = True
+) -> dict[str, float]:
+    if not gradient:
+        return {"no_grad": _call(function, [student, *constants])}
     _clear(student)  # so that each backward allocates its gradient, as after zero_grad(set_to_none=True)
     begin = time.perf_counter()
     loss = function(student, *constants)
@@ -43,11 +57,8 @@ def _sample(function: Callable[..., Tensor], student: Any, constants: Sequence[A
     end = time.perf_counter()
     del loss
     _clear(student)
-    with torch.no_grad():
-        start = time.perf_counter()
-        function(student, *constants)
-        stop = time.perf_counter()
-    return {"forward": middle - begin, "backward": end - middle, "both": end - begin, "no_grad": stop - start}
+    alone = _call(function, [student, *constants])
+    return {"forward": middle - begin, "backward": end - middle, "both": end - begin, "no_grad": alone}
 
 
 def _words(x: Tensor) -> Tensor:
@@ -57,25 +68,45 @@ def _words(x: Tensor) -> Tensor:
 
 
 class Floors:
-    """A read of student and teacher and a write of one output of that size: into touched memory, and into new pages."""
+    """A read of student and teacher and a write of one output of that size: into touched memory, and into new pages.
 
-    def __init__(self, student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor]):
-        self.sides = [(_words(s), _words(t)) for s, t in zip(tensors(student), tensors(teacher), strict=True)]
-        self.buffers = [torch.zeros_like(s) for s, _ in self.sides]
+    For what has no gradient, a write of its result alone.
+    """
+
+    def __init__(self, student: Any, teacher: Any = None):
+        self.sides = [[_words(s)] for s in tensors(student)]
+        for side, t in zip(self.sides, tensors(teacher), strict=True) if teacher is not None else ():
+            side.append(_words(t))
+        self.buffers = [torch.zeros_like(s[0]) for s in self.sides]
+
+    @staticmethod
+    def _write(side: Sequence[Tensor], out: Tensor) -> Tensor:
+        return torch.bitwise_xor(*side, out=out) if len(side) == 2 else out.fill_(1)
 
     def sample(self) -> dict[str, float]:
         begin = time.perf_counter()
-        for (student, teacher), buffer in zip(self.sides, self.buffers):
-            torch.bitwise_xor(student, teacher, out=buffer)
+        for side, buffer in zip(self.sides, self.buffers):
+            self._write(side, buffer)
         middle = time.perf_counter()
         kept = []  # until all are written, as gradients are
-        for student, teacher in self.sides:
+        for side in self.sides:
             # Mapped by hand: an allocator might give back pages that were touched before.
-            pages = mmap.mmap(-1, max(1, student.numel() * student.element_size()))
-            fresh = torch.frombuffer(pages, dtype=student.dtype)
-            kept.append(torch.bitwise_xor(student, teacher, out=fresh))
+            pages = mmap.mmap(-1, max(1, side[0].numel() * side[0].element_size()))
+            kept.append(self._write(side, torch.frombuffer(pages, dtype=side[0].dtype)))
         end = time.perf_counter()
         return {"touched": middle - begin, "fresh": end - middle}
+
+
+def copy_speed(megabytes: int, rounds: int = 9) -> float:
+    """Bytes per second of a copy into touched memory, read and write counted."""
+    source = torch.ones(megabytes * 2**20 // 4)
+    target = torch.ones_like(source)
+    times = []
+    for _ in range(rounds + 1):
+        begin = time.perf_counter()
+        target.copy_(source)
+        times.append(time.perf_counter() - begin)
+    return 2 * source.numel() * 4 / sorted(times[1:])[rounds // 2]
 
 
 def trial(function: Callable[..., Tensor], inputs: Sequence[Any], rounds: int = 5) -> float:
@@ -86,6 +117,7 @@ def trial(function: Callable[..., Tensor], inputs: Sequence[Any], rounds: int = 
 
 
 def interleaved(
+    benchmark: Benchmark,
     providers: Sequence[Provider],
     inputs: Sequence[Any],
     rounds: int | None,
@@ -93,15 +125,16 @@ def interleaved(
     say: Callable[[str], None],
 ) -> tuple[dict[str, dict[str, list[float]]], dict[str, list[float]]]:
     """Seconds per provider and mode, and per floor: as many rounds as asked for, or as fit into `seconds`."""
-    student = leaf(inputs[0])
-    floors = Floors(inputs[0], inputs[1])
+    gradient = benchmark.gradient
+    student = leaf(inputs[0]) if gradient else inputs[0]
+    floors = Floors(inputs[0], inputs[1]) if gradient else Floors(providers[0].function(*inputs))
 
     def one_round(shift: int) -> dict[str, dict[str, float]]:
         found = {}
         for i in range(len(providers)):
             provider = providers[(i + shift) % len(providers)]  # nobody is always the one after the same other
             provider.prepare()
-            found[provider.name] = _sample(provider.function, student, inputs[1:])
+            found[provider.name] = _sample(provider.function, student, inputs[1:], gradient)
         return found | {"floor": floors.sample()}
 
     say("    warming up")
@@ -111,7 +144,8 @@ def interleaved(
         took = time.perf_counter() - begin
     rounds = rounds or max(FEWEST, min(MOST, int(seconds / took)))
     say(f"    timing {len(providers)} providers, {rounds} rounds, about {rounds * took:.0f} s")
-    times: dict[str, dict[str, list[float]]] = {p.name: {mode: [] for mode in MODES} for p in providers}
+    modes = MODES if gradient else MODES[-1:]
+    times: dict[str, dict[str, list[float]]] = {p.name: {mode: [] for mode in modes} for p in providers}
     floor_times: dict[str, list[float]] = {name: [] for name in FLOORS}
     gc.collect()
     gc.disable()
@@ -163,12 +197,12 @@ def _resident_growth(function: Callable[[], object]) -> int | None:
     return None if before is None or after is None else after - before
 
 
-def forward_memory(provider: Provider, inputs: Sequence[Any]) -> dict[str, int | None]:
+def forward_memory(benchmark: Benchmark, provider: Provider, inputs: Sequence[Any]) -> dict[str, int | None]:
     """Bytes of one forward with a graph, inputs excluded: peak, kept for backward, and the growth of the process."""
     provider.prepare()
-    student = leaf(inputs[0])
+    student = leaf(inputs[0]) if benchmark.gradient else inputs[0]
 
-    def forward() -> Tensor:
+    def forward() -> Any:
         return provider.function(student, *inputs[1:])
 
     forward()

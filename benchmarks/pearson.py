@@ -1,13 +1,15 @@
-"""Pearson (PKD) against the published formula: standardise both per channel, then half the mean squared error."""
+"""Pearson (PKD) against the published formula (mmrazor): standardise per channel, then half the mean squared error."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from harness import Benchmark, kdkernels, main
+from shapes import FEATURES
 from torch import Tensor
 
 
@@ -35,10 +37,10 @@ def eager(student: Tensor, teacher: Tensor) -> Tensor:
 BENCHMARK = Benchmark(
     "pearson",
     inputs,
-    lambda student, teacher: kdkernels.pearson_loss(student, teacher),
+    kdkernels.pearson_loss,
     eager,
-    shapes=[(2, 256, 100, 152)],
-    quick_shape=(2, 8, 12, 20),
+    FEATURES,
+    variants={"two passes": partial(kdkernels.pearson_loss, one_pass=False)},
 )
 
 if __name__ == "__main__":

@@ -15,12 +15,15 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 CASE = ("loss", "shape", "dtype")
+MODES = ("forward", "backward", "both", "no_grad")
 COLUMNS = (
     *CASE,
     *("provider", "setting", "mode"),
@@ -35,6 +38,13 @@ COLUMNS = (
     *("forward_peak_bytes", "forward_kept_bytes", "forward_resident_bytes"),
     *("loss_error", "gradient_error"),
     *("cpu", "cores", "threads", "load", "kdkernels", "torch", "python", "commit", "date", "command"),
+    # Of the case: which set of shapes it is from (shapes.py), and "cpu" or the GPU's name.
+    *("set", "device", "times_liger"),
+    # The row's speed over that of the floor into touched memory, and over that of a large copy in the same run.
+    *("floor_gb_per_s", "share_of_floor", "copy_gb_per_s", "share_of_copy"),
+    # Of small cases on a GPU: what the host needs to launch forward and backward.
+    "host_us",
+    *("capability", "driver", "cuda", "triton", "liger"),
 )
 
 
@@ -61,9 +71,18 @@ def cpu_model() -> str:
     return name
 
 
-def results_file() -> Path:
+def machine(device: str = "cpu") -> str:
+    """The GPU's name, or the CPU's with its cores."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name()
+    return f"{cpu_model()} {os.cpu_count()} cores"
+
+
+def results_file(device: str = "cpu") -> Path:
     """One file per machine: results of two machines never mix."""
-    name = re.sub(r"\((R|TM)\)", "", f"{cpu_model()} {os.cpu_count()} cores")
+    name = re.sub(r"\((R|TM)\)", "", machine(device))
     return HERE / "results" / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.csv"
 
 
@@ -80,12 +99,19 @@ def _commit() -> str:
     return _git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
 
 
-def _environment() -> dict[str, Any]:
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _environment(device: str) -> dict[str, Any]:
     import torch
 
     import kdkernels
 
-    return {
+    found = {
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -96,35 +122,69 @@ def _environment() -> dict[str, Any]:
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "device": device,
     }
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        found |= {"device": properties.name, "capability": f"{properties.major}.{properties.minor}"}
+        found |= {"cuda": torch.version.cuda or "", "triton": _version("triton")}
+        found["driver"] = getattr(torch._C, "_cuda_getDriverVersion", lambda: "")()
+    return found
 
 
-def rows(benchmark, shape, dtype, elements, providers, times, floors, memory, errors) -> list[dict[str, Any]]:
-    """One row per provider and mode of one case, whose student has so many elements."""
-    tensor = elements * dtype.itemsize
-    # The least: inputs read once, and the gradient written where there is one. Two passes read the inputs twice.
-    least = {"forward": benchmark.reads, "no_grad": benchmark.reads}
-    least |= {"backward": benchmark.reads + 1, "both": benchmark.reads + 1}
+@dataclass(frozen=True)
+class Case:
+    """What rows are about: a benchmark, the set that the shape is from, shape and dtype, the student's bytes."""
+
+    benchmark: Any
+    group: str
+    shape: Sequence[int]
+    dtype: Any
+    size: int
+
+    def least(self) -> dict[str, int]:
+        """Bytes per mode at least: inputs read once, and the gradient written where there is one.
+
+        Two passes read the inputs twice. What has no gradient writes its result.
+        """
+        if not self.benchmark.gradient:
+            return {"no_grad": self.size}
+        read, write = self.benchmark.reads * self.size, self.size
+        return {m: read + write * (m not in ("forward", "no_grad")) for m in (*MODES, "replay")}
+
+
+def rows(case, providers, times, floors, memory, errors, host, options) -> list[dict[str, Any]]:
+    """One row per provider and mode of one case; `host` has seconds of those whose launches were timed alone."""
+    least, gradient = case.least(), case.benchmark.gradient
     floor = {name: quantile(values, 0.5) for name, values in floors.items()}
+    floor_speed, copy_speed = (3 if gradient else 1) * case.size / floor["touched"], options.copy_speed
+    named = {"loss": case.benchmark.loss, "shape": "x".join(map(str, case.shape)), "set": case.group}
+    named |= {"dtype": str(case.dtype).split(".")[1]}
+    environment = _environment(options.device)
     found = []
-    environment = _environment()
     for provider in providers:
         for mode, samples in times[provider.name].items():
             median = quantile(samples, 0.5)
-            row: dict[str, Any] = dict.fromkeys(COLUMNS, "")
-            row |= {"loss": benchmark.loss, "shape": "x".join(map(str, shape)), "dtype": str(dtype).split(".")[1]}
+            speed = least[mode] / median
+            row: dict[str, Any] = dict.fromkeys(COLUMNS, "") | named
             row |= {"provider": provider.kind, "setting": provider.setting, "mode": mode, "rounds": len(samples)}
             row |= {f"ms_p{q}": f"{quantile(samples, q / 100) * 1e3:.4g}" for q in (20, 50, 80)}
-            for peer in providers:
-                if peer.kind != "ours":
+            for peer in reversed(providers):  # of several eager formulas the first is the one that is meant
+                if peer.kind != "ours" and mode in times[peer.name]:
                     row[f"times_{peer.kind}"] = f"{quantile(times[peer.name][mode], 0.5) / median:.3g}"
-            row |= {"bytes": least[mode] * tensor, "gb_per_s": f"{least[mode] * tensor / median / 1e9:.3g}"}
+            row |= {"bytes": least[mode], "gb_per_s": f"{speed / 1e9:.3g}"}
+            row |= {"floor_gb_per_s": f"{floor_speed / 1e9:.3g}", "share_of_floor": f"{speed / floor_speed:.3g}"}
+            row |= {"copy_gb_per_s": f"{copy_speed / 1e9:.3g}", "share_of_copy": f"{speed / copy_speed:.3g}"}
             for name, value in floor.items():
                 row[f"floor_{name}_ms"] = f"{value * 1e3:.4g}"
-                if mode in ("backward", "both"):
+                if mode not in ("forward", "no_grad") or not gradient:
                     row[f"over_{name}"] = f"{median / value:.3g}"
             used = memory[provider.name]
             row |= {f"forward_{k}_bytes": "" if v is None else v for k, v in used.items()}
+            if mode == "both" and provider.name in host:
+                row["host_us"] = f"{host[provider.name] * 1e6:.1f}"
+            if provider.kind == "liger":
+                row["liger"] = _version("liger-kernel")
             row["loss_error"], row["gradient_error"] = (f"{e:.1e}" for e in errors[provider.name])
             found.append(row | environment)
     return found

@@ -17,12 +17,19 @@ LOSSES = (
     "binary_kl",
     "bounded_regression",
 )
+# Scripts of more than one: the whole objective and its halves; masks alone and in front of a loss.
+SEVERAL = ("detection_distillation", "masks")
+
+
+def benchmarks() -> list[harness.Benchmark]:
+    """All of them, in the order of the table."""
+    single = [importlib.import_module(loss).BENCHMARK for loss in LOSSES]
+    return [*single, *(b for script in SEVERAL for b in importlib.import_module(script).BENCHMARKS)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs what the options choose."""
-    objective = importlib.import_module("detection_distillation").BENCHMARKS
-    return harness.main([*(importlib.import_module(loss).BENCHMARK for loss in LOSSES), *objective], arguments)
+    return harness.main(benchmarks(), arguments)
 
 
 if __name__ == "__main__":
