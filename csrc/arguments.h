@@ -110,6 +110,24 @@ struct DecoupledKlOptions {
   int reduction;           // RowReduction: none, sum, or mean_rows for each region divided by its own rows
 };
 
+// The levels of a pyramid of masks.
+struct MaskGeometry {
+  int64_t pictures;
+  int levels;
+  const int64_t *heights, *widths;  // in cells
+  const double* strides;            // pixels per cell
+  // levels - 1: the smallest scale of a box on level 1, 2, ...; null: every box on every level.
+  const double* thresholds;
+};
+// boxes: (count, 5) of float32, contiguous: picture, x1, y1, x2, y2; a picture below 0 is padding. masks[k] is written:
+// (pictures, heights[k], widths[k]), contiguous.
+struct MaskDrawing {
+  const float* boxes;
+  int64_t count;
+  MaskGeometry geometry;
+  float* const* masks;
+};
+
 struct SoftCrossEntropyOptions {
   double temperature;
   const void* class_weight;  // one per class, contiguous, in the type of the arithmetic; or null

@@ -203,13 +203,13 @@ def backend_for_levels(
 
 
 def backend_for_masks(name: str, boxes: torch.Tensor) -> str:
-    """Which backend draws masks where the boxes are: "cuda" or "triton" on a GPU, else "reference", which is PyTorch's
-    operations. Raises RuntimeError where a GPU's backend is forced that cannot be had.
+    """Which backend draws masks where the boxes are; "reference" is PyTorch's operations. One that is forced and of
+    another device than the boxes' leaves them to those; RuntimeError where it is of theirs and cannot be had.
     """
     if _forced == "reference" or functorch_active():
         return "reference"
     for backend in _order(name, boxes):
-        if backend != "cpu" and _forced in (None, backend):
+        if _forced in (None, backend):
             why = _obstacle(backend)
             if why is None:
                 return backend

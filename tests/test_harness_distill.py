@@ -247,9 +247,9 @@ def test_split_measures_every_part_and_leaves_no_trace(recipe):
     before = {name: value.clone() for name, value in student.state_dict().items()}
     settings = TrainSettings(batch_size=2)
     parts = split.measure(student, distillation, pictures, settings, torch.device("cpu"), steps=1)
-    assert set(parts) == {"teacher", "student", "losses", "separate", "distilled", "alone"} and all(
-        seconds > 0 for seconds in parts.values()
-    )
+    times = {"teacher", "student", "losses", "separate", "distilled", "alone"}
+    assert parts.keys() == times | {"memory", "memory_alone"} and all(value > 0 for value in parts.values())
+    assert parts["memory"] > parts["memory_alone"]
     assert all(parameter.grad is None for parameter in student.parameters())
     for name, value in student.state_dict().items():
         assert torch.equal(value, before[name]), name

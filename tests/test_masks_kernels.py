@@ -1,4 +1,4 @@
-"""The GPU's mask kernels against PyTorch's operations: ground truth to the bit, Gaussians to a few units in the last
+"""The mask kernels against PyTorch's operations: ground truth to the bit, Gaussians to a few units in the last
 place, on boxes chosen to disagree: edges and scales beside a rounding boundary, anything in the image column, hundreds
 of boxes per picture, odd sizes, many levels. And what only a GPU shows: no synchronisation, capture in a graph.
 """
@@ -13,7 +13,7 @@ from masks_oracle import INF, NAN, SIZES, STRIDES, as_flat, random_boxes
 import kdkernels as kd
 from kdkernels import ops
 
-KERNELS = pytest.mark.parametrize("backend", ["cuda", "triton"], indirect=True)
+KERNELS = pytest.mark.parametrize("backend", ["base", "avx512", "cuda", "triton"], indirect=True)
 DRAW = {"gt": kd.masks.ground_truth_masks, "gaussian": kd.masks.gaussian_masks}
 ODD = [(37, 51), (19, 27), (9, 14), (5, 7)], [8, 16, 32, 64]
 
@@ -144,13 +144,18 @@ def test_the_order_of_threads_changes_nothing(backend):
 # Who draws.
 
 
-def test_the_cpu_is_drawn_by_pytorch():
-    """No kernel draws on the CPU, whatever is forced; fine-grained masks have no kernel anywhere."""
+def test_who_draws_on_the_cpu(monkeypatch):
+    """Its own kernels, unless others are forced, or they cannot be had: then PyTorch's operations."""
     rows = torch.zeros(1, 5)
     for forced in ("cpu", "cuda", "triton", "reference"):
         with kd.use_backend(forced):
-            assert ops.backend_for_masks("ground_truth_masks", rows) == "reference"
+            who = ops.backend_for_masks("ground_truth_masks", rows)
+            assert who == ("cpu" if forced == "cpu" else "reference")
             kd.masks.ground_truth_masks(rows, [(2, 2)], [4], batch_size=1)
+    monkeypatch.setattr(ops, "_obstacle", lambda backend: "not built")
+    assert ops.backend_for_masks("gaussian_masks", rows) == "reference"
+    with kd.use_backend("cpu"), pytest.raises(RuntimeError, match="'cpu' is forced but cannot serve: not built"):
+        kd.masks.gaussian_masks(rows, [(2, 2)], [4], batch_size=1)
 
 
 def test_a_gpu_is_drawn_by_what_there_is(monkeypatch):

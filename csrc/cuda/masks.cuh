@@ -98,8 +98,7 @@ KD_DEVICE void combine_boxes(const DrawTable& table, const MaskLevel& level, int
     bool touches = false;
     if (first + thread_index() < table.count) {
       const float* box = table.boxes + (first + thread_index()) * 5;
-      const float owner = box[0];  // NaN is nobody
-      if (owner >= 0 && owner < float(table.pictures) && int64_t(owner) == picture) {
+      if (belongs_to(box, picture, table.pictures)) {
         cells = cells_of(level, Box{box[1], box[2], box[3], box[4]});
         touches = cells.marks && cells.rows.first < top + mask_tile_height && cells.rows.last > top &&
                   cells.columns.first < left + mask_tile_width && cells.columns.last > left;
@@ -187,14 +186,7 @@ KD_DEVICE void block_of_mask(int64_t block, const DrawTable& table, float* count
 // Host: the level `k` of a geometry, to be drawn at `mask`.
 inline MaskSegment mask_segment(const MaskGeometry& geometry, int k, float* mask) {
   MaskSegment s{};
-  const bool scales = geometry.thresholds != nullptr;
-  s.level.height = int(geometry.heights[k]);
-  s.level.width = int(geometry.widths[k]);
-  s.level.stride = float(geometry.strides[k]);
-  s.level.has_low = scales && k > 0;
-  s.level.has_high = scales && k + 1 < geometry.levels;
-  s.level.low = s.level.has_low ? float(geometry.thresholds[k - 1]) : 0;
-  s.level.high = s.level.has_high ? float(geometry.thresholds[k]) : 0;
+  s.level = mask_level(geometry, k);
   s.mask = mask;
   s.tiles = (s.level.width + mask_tile_width - 1) / mask_tile_width *
             ((s.level.height + mask_tile_height - 1) / mask_tile_height);

@@ -2,6 +2,7 @@
 // kdkernels/_boxes.py; every operation here is its, in its order, so that the cells are the same to the last one.
 #pragma once
 
+#include "../arguments.h"
 #include "number.h"
 
 KD_NAMESPACE_BEGIN
@@ -17,6 +18,23 @@ struct MaskLevel {
   float low, high;
   bool has_low, has_high;
 };
+
+inline MaskLevel mask_level(const MaskGeometry& geometry, int k) {
+  const bool scales = geometry.thresholds != nullptr;
+  const bool has_low = scales && k > 0, has_high = scales && k + 1 < geometry.levels;
+  return {int(geometry.heights[k]),
+          int(geometry.widths[k]),
+          float(geometry.strides[k]),
+          has_low ? float(geometry.thresholds[k - 1]) : 0,
+          has_high ? float(geometry.thresholds[k]) : 0,
+          has_low,
+          has_high};
+}
+
+// Whether a row of boxes (picture, x1, y1, x2, y2) is of this picture; NaN is nobody's.
+KD_HD bool belongs_to(const float* row, int64_t picture, int64_t pictures) {
+  return row[0] >= 0 && row[0] < float(pictures) && int64_t(row[0]) == picture;
+}
 
 // One axis of a box in cells: [first, last) within the picture, and the span before its borders cut it.
 struct CellSpan {

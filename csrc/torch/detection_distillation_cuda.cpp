@@ -126,7 +126,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> detection_distillation(s
     pass.values = new_buffer(tensors[0], {1, feature_values}, ScalarType::Float);
   }
   Tensor told = new_buffer(tensors[0], {int64_t(heads.size()) + 1, cuda::told_columns}, ScalarType::Float);
-  cuda::MaskDrawing drawing{};
+  MaskDrawing drawing{};
   if (drawn) drawing = drawn->drawing(boxes);
   run({pass.levels.data(), pass.pearson.get(), pass.count(), features.options, heads.data(), int(heads.size()),
        drawn ? &drawing : nullptr, features.mask_of.data()},

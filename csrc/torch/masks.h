@@ -1,8 +1,6 @@
 // What the registrations that draw masks share: the arguments of ground_truth_masks and gaussian_masks, and the masks.
 #pragma once
 
-#include "../cuda/masks.h"
-
 #include "tensors.h"
 
 namespace kdkernels {
@@ -42,10 +40,10 @@ struct NewMasks {
       data.push_back(floats_of(masks[k]));
     }
   }
-  cuda::MaskDrawing drawing(const MaskCall& call) const {
-    const cuda::MaskGeometry geometry{call.batch_size,     int(masks.size()),
-                                      call.heights.data(), call.widths.data(),
-                                      call.strides.data(), call.all_levels ? nullptr : call.thresholds.data()};
+  MaskDrawing drawing(const MaskCall& call) const {
+    const MaskGeometry geometry{call.batch_size,     int(masks.size()),
+                                call.heights.data(), call.widths.data(),
+                                call.strides.data(), call.all_levels ? nullptr : call.thresholds.data()};
     return {floats_of(call.boxes), call.boxes.size(0), geometry, data.data()};
   }
 };

@@ -1,7 +1,8 @@
 // Masks from boxes for the CUDA dispatch key. Schemas: kdkernels/masks.py.
-#include "masks.h"
+#include "../cuda/masks.h"
 
 #include "cuda.h"
+#include "masks.h"
 
 namespace kdkernels {
 namespace {
