@@ -5,9 +5,9 @@ runs where the boxes are, without a loop over boxes, without a host synchronisat
 so it compiles with ``fullgraph=True`` and, in the flat form, can be captured in a CUDA graph. How boxes are painted may
 change freely as long as the masks stay the same; which cells a box covers is settled in ``_boxes.py``.
 
-A kernel draws ground-truth and Gaussian masks where there is one (``csrc/cpu/masks.cpp``; on a GPU all images and levels
-in one launch, ``csrc/cuda/masks.cuh``, ``triton/masks.py``): the former to the bit, the latter to a few units in the
-last place. Under a forced backend only boxes on that backend's device go to its kernels.
+A kernel draws ground-truth and Gaussian masks where there is one (``csrc/cpu/masks.cpp``; on a GPU all images and
+levels in one launch, ``csrc/cuda/masks.cuh``, ``triton/masks.py``): the former to the bit, the latter to a few units in
+the last place. Under a forced backend only boxes on that backend's device go to its kernels.
 
 What the three functions have in common:
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,6 +71,31 @@ def test_the_table_says_what_it_is():
     assert "| +0.050 [-0.100, +0.200] no difference | -0.100 [-0.200, -0.050] (500) |" in text
     assert "| `pkd` | 500 | 1.67 | 100 | 300 | 100 | 3 MB |" in text
     assert "150 validation pictures" in text and "Not trained to the end: mimic: no." in text
+
+
+def test_the_committed_table_is_that_of_its_trainings():
+    """docs/comparisons.md against docs/comparison/compare.csv: every mean, deviation, difference and interval."""
+    docs = Path(__file__).parents[1] / "docs"
+    kinds = [str, str, str, int, int, float, float, int, *[float] * 6]
+    with (docs / "comparison" / "compare.csv").open(encoding="utf-8") as file:
+        found = [Trained(*(kind(x) for kind, x in zip(kinds, line))) for line in list(csv.reader(file))[1:]]
+    page = (docs / "comparisons.md").read_text(encoding="utf-8")
+    of = {title: [x for x in found if x.run == title] for title in dict.fromkeys(x.run for x in found)}
+    told = [title for title in of if title != "teacher" and not title.startswith("none, ")]
+    assert len(told) == 13
+    for title in told:
+        text = of[title][0].row
+        name = f"`{text}`" if text == title else f"{title}: `{text}`"
+        (line,) = [line for line in page.splitlines() if line.startswith(f"| {name} | 3 |")]
+        _, _, _, mean_ap, ap50, steps, longer, _ = (cell.strip() for cell in line.split("|"))
+        assert mean_ap == mean_and_deviation([x.mean_ap for x in of[title]])
+        assert ap50 == mean_and_deviation([x.ap50 for x in of[title]])
+        if title == "none":
+            continue
+        assert steps == str(paired(of[title], of["none"]))
+        count = longer[longer.rindex("(") + 1 : -1]
+        other = of["none"] if count == "250" else of[f"none, {count} steps"]
+        assert longer == f"{paired(of[title], other)} ({count})"
 
 
 def test_best_is_a_row_of_its_own():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,7 @@ def features(
                 else:
                     axes.set_xlabel(_similar(shown, truth[column]), fontsize=8, labelpad=2)
                 if column == 0:
-                    axes.set_ylabel(name, fontsize=10)
+                    axes.set_ylabel("\n".join(textwrap.wrap(name.replace("+", "+ "), 18)), fontsize=9)
     axes = last.add_subplot()
     last.colorbar(image, cax=axes, orientation="horizontal")
     axes.set_box_aspect(0.025)

@@ -22,7 +22,7 @@ def curves(path: Path, runs: Mapping[str, Run | Sequence[Run]], *, baseline: str
     """Draw the detectors' own loss over the steps, and the validation AP50 over the seconds of training.
 
     Up to five runs share two axes. More of them get a panel each, of AP50 alone, where the run stands against
-    ``baseline`` and the teacher, with all others in grey.
+    ``baseline`` and the teacher's last score, with all others in grey.
 
     Args:
         path: of the PNG.
@@ -89,7 +89,9 @@ def _panels(plt: Any, runs: dict[str, list[Run]], baseline: str) -> Any:
             if other != name:
                 _line(axes, points[other], "#c8c8c8", "other rows", band=False, width=0.7)
         if "teacher" in runs:
-            _line(axes, points["teacher"], COLOURS["teacher"], "teacher", band=False, width=1.0, linestyle=":")
+            # Its end alone: its training is longer than the students', which would have a corner left.
+            label = f"teacher at its end ({finals['teacher']:.2f})"
+            axes.axhline(finals["teacher"], color=COLOURS["teacher"], label=label, linewidth=1.0, linestyle=":")
         _line(axes, points[baseline], COLOURS["alone"], f"baseline: {baseline} ({finals[baseline]:.2f})")
         _line(axes, points[name], COLOURS["distilled"], "the panel's row: AP50 at the end (and against the baseline)")
         gain = finals[name] - finals[baseline]
