@@ -1,6 +1,6 @@
 """The trainings of one run, on one set of pictures: the teacher's, from disk or trained here, and any student's.
 
-What is trained in which order, and what is shown of it, is the business of ``train.py`` and ``compare.py``.
+What is trained in which order, and what is shown of it, is the business of ``train.py`` and ``compare/``.
 """
 
 from __future__ import annotations
