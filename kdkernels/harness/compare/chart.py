@@ -36,7 +36,7 @@ def draw(path: Path, lines: Sequence[Line], baseline: str) -> bool:
             axes.plot([found.mean], [at], "o", color=COLOURS[name], markersize=6, label=label)
             label = None
     axes.set_yticks(range(len(shown)), [shortened(line.title, 60) for line in shown])
-    axes.invert_yaxis()
+    axes.set_ylim(len(shown) - 0.5, -0.5)  # the first row on top
     axes.set_xlabel(f"mAP over {baseline}")
     seeds = len(shown[0].trained)
     what = f"mean over {seeds} seeds and its 95 % interval" if seeds > 1 else "one seed, which says little"
