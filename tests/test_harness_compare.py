@@ -19,7 +19,9 @@ from scipy.stats import ttest_rel
 
 from kdkernels.harness import split, train
 from kdkernels.harness.compare import rows
+from kdkernels.harness.compare.chart import draw
 from kdkernels.harness.compare.summary import Difference, Line, Trained, mean_and_deviation, paired, table
+from kdkernels.harness.export import file_of
 from kdkernels.harness.job import Job
 
 PARTS = {"teacher": 0.1, "student": 0.3, "losses": 0.1, "separate": 0.2, "distilled": 0.5, "alone": 0.3}
@@ -96,6 +98,12 @@ def test_the_committed_table_is_that_of_its_trainings():
         count = longer[longer.rindex("(") + 1 : -1]
         other = of["none"] if count == "250" else of[f"none, {count} steps"]
         assert longer == f"{paired(of[title], other)} ({count})"
+    # What the page and the README say of rows beside the table's own differences.
+    inherit = "inherit=fpn/rpn/roi_heads"
+    assert not paired(of[f"best+{inherit}"], of["defeat"]).told
+    assert not any(paired(of[name], of[f"{name}:preset=published"]).told for name in ("pkd", "defeat", "cwd"))
+    means = {title: sum(x.mean_ap for x in of[title]) for title in told}
+    assert sorted(means, key=means.get)[-4:] == [inherit, "defeat:preset=published", "defeat", f"best+{inherit}"]
 
 
 def test_best_is_a_row_of_its_own():
@@ -107,8 +115,21 @@ def test_best_is_a_row_of_its_own():
         rows(["none", "pkd+inherit=fpn", "best"], "scenes")
 
 
-def compared(tmp_path, monkeypatch, *texts, more=(), code=0):
-    monkeypatch.setattr(Job, "split", lambda self, student, steps=12: dict(PARTS))
+def test_rows_that_would_write_the_same_students_are_one_row_twice(tmp_path):
+    with pytest.raises(
+        ValueError, match="'mimic:adapter=True' is given twice, the other time as 'mimic: adapter=true'"
+    ):
+        rows(["mimic: adapter=true", "mimic:adapter=True"], "scenes")
+    with pytest.raises(ValueError, match="freeze= is given twice; several parts are freeze=fpn/rpn"):
+        rows(["pkd+freeze=fpn+freeze=rpn"], "scenes")
+    with pytest.raises(ValueError, match="mimic: weight is given twice"):
+        rows(["mimic:weight=1, weight=2"], "scenes")
+    long = [file_of(tmp_path, "pkd+" * 100 + end) for end in ("a", "b")]
+    assert long[0] != long[1] and all(len(path.name) < 200 for path in long)
+
+
+def compared(tmp_path, monkeypatch, *texts, more=(), code=0, split=lambda self, student, steps=12: dict(PARTS)):
+    monkeypatch.setattr(Job, "split", split)
     out = tmp_path / "out"
     argv = [
         *TINY,
@@ -177,6 +198,31 @@ def test_where_no_row_is_the_student_alone_the_first_one_is_the_baseline(tmp_pat
     assert "mAP over chen2017:hint=none,classes=hard" in (out / "compare.md").read_text()
 
 
+def test_differences_are_drawn_where_there_are_some(tmp_path):
+    none = Line("none", "none", group("none", [0.1, 0.3]), None, None, 250, None)
+    assert not draw(tmp_path / "a.png", [none], "none") and not (tmp_path / "a.png").exists()
+    long = none._replace(title="pkd+" * 100, equal_steps=Difference(0.05, -0.1, 0.2))
+    assert draw(tmp_path / "a.png", [none, long], "none" * 100) and (tmp_path / "a.png").exists()
+
+
+def test_the_best_row_as_baseline_is_trained_longer_with_its_recipes(tmp_path, monkeypatch):
+    def split(self, student, steps=12):
+        assert bool(student.frozen) == student.run.name.startswith("best")
+        return {**PARTS, "distilled": PARTS["alone"] * (3.0 if student.run.name.startswith("mimic") else 1.0)}
+
+    out, lines = compared(tmp_path, monkeypatch, "best+freeze=fpn", "mimic:adapter=true", split=split)
+    rows = {x["run"]: x["row"] for x in lines if x["run"].startswith("best")}
+    assert rows == dict.fromkeys(["best+freeze=fpn", "best+freeze=fpn, 12 steps"], "mimic:adapter=true+freeze=fpn")
+    assert (out / "students" / "best+freeze=fpn-12-steps.adapters.safetensors").exists(), "it had the recipe"
+
+
+def test_where_no_row_can_be_the_best_the_others_are_told(tmp_path, monkeypatch, capsys):
+    out, lines = compared(tmp_path, monkeypatch, "mimic:weight=1e38", "best+inherit=fpn", code=1)
+    assert {x["run"] for x in lines} == {"teacher", "inherit=fpn"}
+    assert "best: none of the rows that it may stand for came to its end" in capsys.readouterr().out
+    assert (out / "curves.png").exists()
+
+
 def test_memory_is_the_most_that_is_held_at_once():
     kept = []
 
@@ -195,6 +241,8 @@ def test_memory_is_the_most_that_is_held_at_once():
         (["--seeds", "0", "--compare", "pkd"], "argument --seeds: must be at least 1"),
         (["--seeds", "2"], "argument --seeds: is of --compare"),
         (["--compare", "none", "best"], "argument --compare: 'best': no other row"),
+        (["--no-equal-time"], "argument --equal-time: is of --compare"),
+        (["--preset", "pkd-coco", "--compare", "none", "--recipe", "pkd"], "argument --compare: does not go with"),
     ],
 )
 def test_what_makes_no_sense_is_refused(tmp_path, capsys, argv, message):

@@ -16,7 +16,7 @@ from kdkernels.harness.detectors import Detector  # noqa: E402
 from kdkernels.harness.distill import Distillation, distilled  # noqa: E402
 from kdkernels.harness.proposals import encode, gather_deltas  # noqa: E402
 from kdkernels.harness.recipes import Setup, parse  # noqa: E402
-from kdkernels.harness.settings import TrainSettings  # noqa: E402
+from kdkernels.harness.settings import KdSettings, TrainSettings  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -253,6 +253,22 @@ def test_split_measures_every_part_and_leaves_no_trace(recipe):
     assert all(parameter.grad is None for parameter in student.parameters())
     for name, value in student.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+def test_split_of_a_frozen_student_that_ends_its_distillation_early():
+    """Memory is of a step that distils; a step alone trains what only this student has frozen."""
+    pictures, student = data.ScenePictures(SMALL, "train"), detector().train()
+    distillation = distillation_of(student, detector(width=0.5))
+    distillation.schedule, distillation.steps = KdSettings(stop=1), 10
+    how = (pictures, TrainSettings(batch_size=2), torch.device("cpu"))
+    frozen = list(student.parameters())[:-4]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    still = split.measure(student, distillation, *how, steps=2)
+    parts = split.measure(student, distillation, *how, steps=2, frozen=frozen)
+    assert parts["memory_alone"] > 1.2 * still["memory_alone"]
+    assert still["memory"] > 1.2 * still["memory_alone"]
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in frozen)
 
 
 @pytest.mark.parametrize("recipe", ["combined", "defeat:backbone=true,adapter=true", "hinton"])

@@ -104,6 +104,8 @@ def test_published_schedules_set_flags_and_flags_that_are_given_win(name):
     (recipe,) = found.recipes
     weights = {"defeat": (4, 16), "voc": (3, 12)}["voc" if voc else "defeat"]
     assert "pkd" in name or (recipe.options.foreground, recipe.options.background) == weights
+    compared = options("--preset", name, "--compare", "none", "pkd")
+    assert compared.training.lr == found.training.lr and [row.title for row in compared.compare] == ["none", "pkd"]
     mine = options("--preset", name, "--lr", "0.1", "--steps", "7", "--recipe", "cwd", "--max-size", "900")
     assert mine.training.lr == 0.1 and mine.resolved(118_000).training.steps == 7
     assert mine.recipes[0].text == "cwd" and mine.max_size == 900 and mine.training.batch_size == 16

@@ -63,7 +63,8 @@ def test_metrics_hold_every_row_and_step(quick):
     (settings,) = records(out, "settings")
     assert {"pearson", "masked_mse", "decoupled_kl", "bounded_regression"} <= set(settings["kernels"])
     (split,) = records(out, "step_split")
-    assert set(split) == {"kind", "teacher", "student", "losses", "separate", "distilled", "alone"}
+    split_parts = ("teacher", "student", "losses", "separate", "distilled", "alone")
+    assert set(split) == {"kind", *split_parts, "memory", "memory_alone"}
     ratio = split["distilled"] / split["alone"]
     assert by_name["alone, equal time"]["steps"] == max(4, round(4 * ratio)), "computed from what was measured"
     first = next(step for step in records(out, "step") if step["run"] == "distilled")

@@ -16,9 +16,9 @@ from .schedule import Length
 
 EPILOG = """\
 With no argument: composes 1,500 small scenes from the digits and photographs of scikit-learn, trains a teacher and
-three students (distilled, alone at equal steps, alone at equal time), and takes about four minutes on two idle cores,
-or three when the teacher is kept from before. Writes metrics.jsonl, curves.png, detections.png and the students'
-weights to the output folder, and prints the table.
+three students (distilled, alone at equal steps, alone at equal time), which takes some minutes on two idle cores; a
+teacher that was trained before is kept. Writes metrics.jsonl, pictures (curves, detections, features, gradients) and
+the students' weights to the output folder, and prints the table.
 
 Everything is seeded; other seeds need another --seed, and one seed says little. A run that was stopped or killed goes
 on with --resume and its folder, and ends as if it had not been.
@@ -125,7 +125,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--compare", metavar="RECIPE", nargs="+", default=[], help=COMPARE)
     add("--seeds", type=int, default=1, help="of each row of --compare, from --seed on (default: %(default)s)")
-    longer = "train the student alone as long as each row of --compare takes, as well (default: yes)"
+    longer = "train the baseline of --compare as long as each of its rows takes, as well (default: yes)"
     add("--equal-time", action=argparse.BooleanOptionalAction, default=True, help=longer)
     add(
         "--proposals",

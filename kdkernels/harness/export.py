@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from .detectors.rescaled import Rescaled
 from .extras import require
 
 FOLDER = "students"
+#: Characters of a student's name in its file's.
+LONGEST = 150
 
 
 def export(folder: Path, name: str, student: Any) -> Path:
@@ -34,8 +37,10 @@ def export(folder: Path, name: str, student: Any) -> Path:
 
 
 def file_of(folder: Path, name: str) -> Path:
-    """Where the weights of the student of that name are."""
+    """Where the weights of the student of that name are. A long one is cut: file systems take 255 bytes."""
     stem = re.sub(r"[^\w.+=-]+", "-", name).strip("-")
+    if len(stem) > LONGEST:
+        stem = f"{stem[:LONGEST]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return folder / FOLDER / f"{stem}.safetensors"
 
 

@@ -40,8 +40,9 @@ def parse(line: argparse.ArgumentParser, argv: list[str]) -> Options:
     given = {**_explicit(stored), **_explicit(argv)}
     schedule = SCHEDULES.get(args.preset, {})
     for name, value in schedule.items():
-        # Steps that are given are instead of its epochs, as a whole recipe is instead of its own.
-        if name not in given and not (name == "epochs" and "steps" in given):
+        # Steps that are given are instead of its epochs, as a whole recipe, or the rows of a comparison, of its own.
+        instead = {"epochs": "steps", "recipe": "compare"}.get(name)
+        if name not in given and instead not in given:
             setattr(args, name, value)
     if "steps" in given and "epochs" in given:
         line.error("argument --epochs: --steps says the same thing; give one of them")
@@ -67,6 +68,8 @@ def parse(line: argparse.ArgumentParser, argv: list[str]) -> Options:
         line.error(f"argument --seed: must be below 2^63, got {args.seed} and {args.seeds} seeds")
     if args.seeds > 1 and not args.compare:
         line.error("argument --seeds: is of --compare, which is not given")
+    if "equal_time" in given and not args.compare:
+        line.error("argument --equal-time: is of --compare, which is not given")
     if not 0 < args.lr < float("inf"):
         line.error(f"argument --lr: must be a positive number, got {args.lr}")
     for flag, value, most in (

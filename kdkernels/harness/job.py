@@ -47,6 +47,7 @@ class Student:
     run: Run
     distillation: Distillation | None = None
     inherited: list[str] = field(default_factory=list)  #: names of tensors that it began with from the teacher
+    frozen: list[nn.Parameter] = field(default_factory=list)  #: what --freeze took out of its training
 
 
 class Job:
@@ -102,7 +103,7 @@ class Job:
             for prefix, recipes, changes in rows:
                 try:
                     how = {"steps": options.training.steps, "compile": False, **changes}
-                    student, distillation, _ = self._started(teacher, recipes, **how)
+                    student, distillation, *_ = self._started(teacher, recipes, **how)
                     self._dry_steps(student, distillation)
                 except JobError as error:
                     raise JobError(f"{prefix}{error}" if options.compare else str(error)) from None
@@ -158,7 +159,7 @@ class Job:
             settings = replace(settings, seed=seed)
         torch.manual_seed(settings.seed)  # every student of a seed starts from the same weights
         how = {"training": settings, **changes}
-        student, distillation, inherited = self._started(teacher.detector, recipes, teacher, steps, **how)
+        student, distillation, inherited, frozen = self._started(teacher.detector, recipes, teacher, steps, **how)
         parts = changes.get("inherit", self.options.inherit)
         if parts:
             count = sum(len(part.state_dict()) for part in (detectors.part_of(student, name) for name in parts))
@@ -170,7 +171,7 @@ class Job:
             objective = distilled(student, distillation, norms_every=every, unlabeled=unlabeled)
             parameters += list(distillation.parameters())
         run = self._fit(name, student, objective, settings, parameters, distillation)
-        trained = Student(student, run, distillation, inherited)
+        trained = Student(student, run, distillation, inherited, frozen)
         if self.processes.first:
             export(self.options.output_dir, name, trained)  # now: whatever fails later, it is not lost
         return trained
@@ -222,8 +223,8 @@ class Job:
         teacher: FrozenTeacher | None = None,
         steps: int = 1,
         **changes: Any,
-    ) -> tuple[nn.Module, Distillation | None, list[str]]:
-        """A student before its training, its distillation, and the tensors that it inherited, by name."""
+    ) -> tuple[nn.Module, Distillation | None, list[str], list[nn.Parameter]]:
+        """A student before its training, its distillation, the names of what it inherited, and what is frozen."""
         options = replace(self.options, **changes)
         student = self._model("--model", options.model).to(self.device)
         if options.weights is not None:
@@ -234,9 +235,10 @@ class Job:
                 inherited = detectors.inherit(student, teacher_detector, list(options.inherit))
         except ValueError as error:
             raise JobError(f"argument --inherit: {error}") from None
+        frozen: list[nn.Parameter] = []
         try:
             if options.freeze:
-                detectors.freeze(student, list(options.freeze), inherited)
+                frozen = [student.get_parameter(x) for x in detectors.freeze(student, list(options.freeze), inherited)]
         except ValueError as error:
             raise JobError(f"argument --freeze: {error}") from None
         if not any(parameter.requires_grad for parameter in student.parameters()):
@@ -246,7 +248,7 @@ class Job:
         if options.compile:
             student.features = torch.compile(student.features, fullgraph=True)
         if not recipes:
-            return student, None, inherited
+            return student, None, inherited, frozen
         training = options.training
         # Each process draws for its own pictures.
         seed = training.seed + self.processes.rank
@@ -263,7 +265,7 @@ class Job:
             schedule=options.kd,
             process_group=torch.distributed.group.WORLD if self.processes.count > 1 else None,
         ).to(self.device)
-        return student, distillation, inherited
+        return student, distillation, inherited, frozen
 
     def _model(self, flag: str, text: str) -> nn.Module:
         try:
@@ -326,14 +328,14 @@ class Job:
 
     def loaded(self, path: Any) -> nn.Module:
         """The student whose weights a file holds, as :func:`~kdkernels.harness.export.export` wrote it."""
-        student, _, _ = self._started(self._untrained_teacher(), [], weights=path, inherit=(), freeze=(), compile=False)
+        student, *_ = self._started(self._untrained_teacher(), [], weights=path, inherit=(), freeze=(), compile=False)
         return student
 
     def split(self, student: Student, steps: int = 12) -> dict[str, float]:
         """Where the time and the memory of a distillation step go: :func:`kdkernels.harness.split.measure`."""
         unlabeled = self.unlabeled_batches() if student.distillation.needs_unlabeled else None
         steps = min(steps, self.options.training.steps)
-        how = {"steps": steps, "unlabeled": unlabeled}
+        how = {"steps": steps, "unlabeled": unlabeled, "frozen": student.frozen}
         training = self.options.training
         return split.measure(student.detector, student.distillation, self.train, training, self.device, **how)
 
@@ -350,8 +352,8 @@ class Job:
             "kd": asdict(options.kd),
             "processes": self.processes.count,
             "teacher_steps": options.teacher_steps,
-            "recipes": [{"text": recipe.text, "options": asdict(recipe.options)} for recipe in options.recipes],
-            "compare": [row.title for row in options.compare],
+            "recipes": [] if options.compare else [_written(recipe) for recipe in options.recipes],
+            "compare": [{**row._asdict(), "recipes": [_written(x) for x in row.recipes]} for row in options.compare],
             "seeds": options.seeds,
             "inherit": list(options.inherit),
             "freeze": list(options.freeze),
@@ -361,6 +363,10 @@ class Job:
             "torch": torch.__version__,
             "kernels": {loss: backends.get(self.device.type, ("reference",))[0] for loss, backends in served.items()},
         }
+
+
+def _written(recipe: RecipeText) -> dict[str, Any]:
+    return {"text": recipe.text, "options": asdict(recipe.options)}
 
 
 class UnlabeledBatches:

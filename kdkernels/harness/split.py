@@ -7,7 +7,8 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ def measure(
     device: torch.device,
     steps: int = 12,
     unlabeled: Callable[[int], Tensor] | None = None,
+    frozen: Sequence[nn.Parameter] = (),
 ) -> dict[str, float]:
     """Median seconds of each part of a step (forward and backward, without the optimiser), after two steps to warm up.
 
@@ -39,11 +41,12 @@ def measure(
     instead of the objective that reads the features once, on what the student gave. ``distilled`` is a whole step as
     training takes it, and ``alone`` one without distillation, on the same pictures: means, without the longest, over
     step numbers from the whole run, as recipes may do other things in their course. ``memory`` and ``memory_alone`` are
-    the bytes that PyTorch holds at most in such a step beyond what stood before it, gradients included. Parameters,
-    gradients and running statistics are left as they were.
+    the bytes that PyTorch holds at most in such a step beyond what stood before it, gradients included; the first is
+    of the first step at which distillation counts. Parameters, gradients and running statistics are left as they were.
 
     Args:
         unlabeled: as for :func:`~kdkernels.harness.distill.distilled`.
+        frozen: what this student does not train and the one alone does: a step ``alone`` trains it.
     """
     before = {name: value.clone() for name, value in student.state_dict().items()}
     times: dict[str, list[float]] = {part: [] for part in (*PARTS, "separate", "distilled", "alone")}
@@ -66,19 +69,34 @@ def measure(
             "alone": lambda: sum(student.losses(student.features(images), targets).values()).backward(),  # noqa: B023
         }
         for kind, step in steps_of.items():
-            begin = clock()
-            step()
-            times[kind].append(clock() - begin)
-    memory = {}
+            with _trained(frozen) if kind == "alone" else nullcontext():
+                begin = clock()
+                step()
+                times[kind].append(clock() - begin)
+    memory, index = {}, distillation.schedule.start
     for kind, step in steps_of.items():  # of the last pictures
         student.zero_grad(set_to_none=True)
         distillation.zero_grad(set_to_none=True)
-        memory["memory" if kind == "distilled" else "memory_alone"] = _peak(step, device)
+        with _trained(frozen) if kind == "alone" else nullcontext():
+            memory["memory" if kind == "distilled" else "memory_alone"] = _peak(step, device)
     student.zero_grad(set_to_none=True)
     distillation.zero_grad(set_to_none=True)
     student.load_state_dict(before)
     found = {part: statistics.median(values[2:]) for part, values in times.items()}
     return found | {part: _mean(times[part][2:]) for part in ("distilled", "alone")} | memory
+
+
+@contextmanager
+def _trained(frozen: Sequence[nn.Parameter]) -> Iterator[None]:
+    """With gradients for what is frozen."""
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+            parameter.grad = None
 
 
 def _peak(step: Callable[[], object], device: torch.device) -> int:

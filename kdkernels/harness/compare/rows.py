@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import NamedTuple
 
+from ..export import file_of
 from ..recipes import RecipeText, parse
 
 COMPARE = (
@@ -118,10 +120,14 @@ def rows(texts: list[str], preset: str) -> list[Row]:
             found.append(control._replace(title=control.text))
     if any(row.best for row in found) and not candidates(found):
         raise ValueError("'best': no other row has recipes alone, of which one could be the best")
-    titles = [row.title for row in found]
-    for title in titles:
-        if titles.count(title) > 1:
-            raise ValueError(f"{title!r} is given twice")
+    files: dict[str, str] = {}
+    for row in found:
+        # Not the title alone: two that differ in blanks or case would write the same students.
+        file = file_of(Path(), row.title).name.casefold()
+        if file in files:
+            other = "" if files[file] == row.title else f", the other time as {files[file]!r}"
+            raise ValueError(f"{row.title!r} is given twice{other}")
+        files[file] = row.title
     return found
 
 
@@ -143,6 +149,8 @@ def _row(title: str, text: str, preset: str) -> Row:
             parts = tuple(filter(None, value.split("/")))
             if not parts:
                 raise ValueError(f"{text!r}: {key}= needs parts, as in {key}=fpn/rpn")
+            if inherit if key == "inherit" else freeze:
+                raise ValueError(f"{text!r}: {key}= is given twice; several parts are {key}=fpn/rpn")
             inherit, freeze = (parts, freeze) if key == "inherit" else (inherit, parts)
         elif part == "best":
             best = True

@@ -42,17 +42,21 @@ def run(job: Any, begin: float) -> None:
             if not row.best:
                 comparison.train(row, seed)
     if any(row.best for row in rows):
-        title = job.decide("best", comparison.best)
-        job.progress.say(f"the best row is {title}")
-        best = next(row for row in rows if row.title == title)
+        best = comparison.best()
+        if best is None:
+            comparison.failed.append("best: none of the rows that it may stand for came to its end")
+        for row in rows:
+            if row.best and best is not None:
+                comparison.row_of[row.title] = row._replace(recipes=[*best.recipes, *row.recipes], best=False)
         for seed in comparison.seeds:
             for row in rows:
-                if row.best:
-                    comparison.train(row._replace(recipes=[*best.recipes, *row.recipes], best=False), seed)
+                if row.best and best is not None:
+                    comparison.train(comparison.row_of[row.title], seed)
     if job.options.equal_time:
+        baseline = comparison.row_of.get(comparison.baseline.title)  # which "best" may have been
         for steps in sorted({comparison.longer(row) for row in rows} - {job.options.training.steps}):
-            for seed in comparison.seeds:
-                comparison.train(comparison.baseline, seed, steps)
+            for seed in comparison.seeds if baseline is not None else ():
+                comparison.train(baseline, seed, steps)
     seconds = time.perf_counter() - begin
     job.progress.record(kind="end", seconds=seconds)
     if job.processes.first:
@@ -74,7 +78,7 @@ class Comparison:
         self.baseline = next((row for row in rows if row.plain), rows[0])
         self.teacher_run = teacher_run
         self.runs: dict[tuple[str, int], list[Any]] = {}  #: by title and steps: a Run for each seed
-        self.row_of: dict[str, Row] = {}
+        self.row_of: dict[str, Row] = {}  #: by title, as it is trained: with the recipes that "best" stands for
         self.failed: list[str] = []  #: trainings that did not come to their end, and why
         self.parts: dict[str, dict[str, float]] = {}  #: of rows with recipes, by title
 
@@ -107,12 +111,16 @@ class Comparison:
         parts = [row.title, *[f"{steps} steps"] * (steps != self.steps), *[f"seed {seed}"] * (len(self.seeds) > 1)]
         return ", ".join(parts)
 
-    def best(self) -> str:
-        """The title of the row with the highest mean AP, among those that "best" may stand for."""
-        found = {row.title: self._all_of(row) for row in candidates(self.job.options.compare) if self._all_of(row)}
-        if not found:
-            raise TrainingError("none of the rows that best may stand for came to its end")
-        return max(found, key=lambda title: statistics.fmean(run.score.mean_ap for run in found[title]))
+    def best(self) -> Row | None:
+        """The row with the highest mean AP, among those that "best" may stand for; None: none came to its end."""
+        job = self.job
+        found = {row.title: self._all_of(row) for row in candidates(job.options.compare) if self._all_of(row)}
+        if not found:  # not decided: a run that goes on may skip the steps that ended them
+            return None
+        scores = {title: statistics.fmean(run.score.mean_ap for run in runs) for title, runs in found.items()}
+        title = job.decide("best", lambda: max(scores, key=scores.get))
+        job.progress.say(f"the best row is {title}")
+        return next(row for row in job.options.compare if row.title == title)
 
     def _all_of(self, row: Row) -> list[Any]:
         """Its trainings, where all came to their end."""
@@ -191,7 +199,7 @@ class Comparison:
 
     def _pictures(self, folder: Path, lines: list[Line]) -> list[str]:
         """Differences and curves of all rows; what the baseline and the best row find and see; the files' names."""
-        draw(folder / "differences.png", lines, self.baseline.title)
+        drawn = ["differences.png"] if draw(folder / "differences.png", lines, self.baseline.title) else []
         runs = {line.title: self.runs[line.title, self.steps] for line in lines}
         teacher = {} if self.teacher_run is None else {"teacher": self.teacher_run}
         compared_with = self.baseline.title if self.baseline.title in runs else None
@@ -201,7 +209,7 @@ class Comparison:
         shown = {"teacher": self.teacher.detector}
         for title in dict.fromkeys(title for title in (compared_with, best) if title is not None):
             shown[title] = self.job.loaded(file_of(folder, names[title]))
-        drawn = ["differences.png", "curves.png", *report.seen(folder, shown, self.job)]
+        drawn += ["curves.png", *report.seen(folder, shown, self.job)]
         norms = report.norms_of(folder / "metrics.jsonl", names[best])
         if norms:
             report.gradients(folder / "gradients.png", norms)

@@ -78,10 +78,10 @@ def parse(text: str, preset: str = "published") -> RecipeText:
         raise ValueError(f"no recipe {name!r}; expected one of {', '.join(RECIPES)}")
     given: dict[str, str] = {}
     for part in filter(None, rest.split(",")):
-        key, equals, value = part.partition("=")
+        key, equals, value = (x.strip() for x in part.partition("="))
         if not equals:
             raise ValueError(f"{name}: expected key=value, got {part!r}")
         if key in given:
             raise ValueError(f"{name}: {key} is given twice")
-        given[key.strip()] = value.strip()
+        given[key] = value
     return RecipeText(text, RECIPES[name], options_of(RECIPES[name], given, preset))

@@ -30,6 +30,14 @@ def plain(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def shortened(name: str, most: int) -> str:
+    """A name of at most so many characters: rows that begin alike often differ at their ends, so the middle goes."""
+    if len(name) <= most:
+        return name
+    head = most // 2
+    return f"{name[:head]}…{name[head + 1 - most :]}"
+
+
 def show(axes: Any, picture: Any) -> None:
     """A picture, uint8 ``(3, H, W)``, without ticks, in coordinates of its pixels."""
     height, width = picture.shape[-2:]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..data import collate, to_device
 from ..extras import require
-from .drawing import box, most_objects, pyplot, show
+from .drawing import box, most_objects, pyplot, shortened, show
 
 RIGHT, WRONG, MISSED = "#56B4E9", "#E69F00", "#FFFFFF"
 #: More pictures than this beside each other are too small.
@@ -104,9 +104,8 @@ def _found(
     for corners, label, value, good in rows:
         text = f"{names[label - 1]}  {value:.2f}"
         box(axes, corners, RIGHT if good else WRONG, dashed=not good, text=text)
-    title = name if len(name) <= 30 else f"{name[:29]}…"
     numbers = f"{int(right.sum())} right, {int((~right).sum())} wrong, {int(missed.sum())} missed"
-    axes.set_title(f"{title}\n{numbers}", fontsize=10)
+    axes.set_title(f"{shortened(name, 30)}\n{numbers}", fontsize=10)
 
 
 def judged(found: dict[str, Tensor], truth: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

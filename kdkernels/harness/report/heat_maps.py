@@ -15,7 +15,7 @@ import kdkernels as kd
 
 from ..data import collate, to_device
 from ..step import Pair, pair_levels
-from .drawing import box, most_objects, pyplot, show
+from .drawing import box, most_objects, pyplot, shortened, show
 
 TRUTH = "#FFFFFF"
 
@@ -104,7 +104,7 @@ def features(
                 else:
                     axes.set_xlabel(_similar(shown, truth[column]), fontsize=8, labelpad=2)
                 if column == 0:
-                    axes.set_ylabel("\n".join(textwrap.wrap(name.replace("+", "+ "), 18)), fontsize=9)
+                    axes.set_ylabel("\n".join(textwrap.wrap(shortened(name, 60).replace("+", "+ "), 18)), fontsize=9)
     axes = last.add_subplot()
     last.colorbar(image, cax=axes, orientation="horizontal")
     axes.set_box_aspect(0.025)

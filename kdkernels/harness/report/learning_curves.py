@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..loop import Run
-from .drawing import COLOURS, MORE, plain, pyplot
+from .drawing import COLOURS, MORE, plain, pyplot, shortened
 
 #: More curves than this in one axes cannot be told apart.
 TOGETHER = 5
@@ -56,7 +56,7 @@ def _together(plt: Any, runs: dict[str, list[Run]]) -> Any:
     more = itertools.cycle(MORE)
     for name, seeds in runs.items():
         colour = COLOURS.get(name) or next(more)
-        title = f"student {name}" if name in COLOURS and name != "teacher" else name
+        title = f"student {name}" if name in COLOURS and name != "teacher" else shortened(name, 50)
         _line(left, [(range(1, len(run.task_loss) + 1), _smooth(run.task_loss)) for run in seeds], colour, title)
         final = sum(run.score.ap50 for run in seeds) / len(seeds)
         _line(right, [_ap50(run) for run in seeds], colour, f"{title}: {final:.2f}", marker="o")
@@ -92,11 +92,10 @@ def _panels(plt: Any, runs: dict[str, list[Run]], baseline: str) -> Any:
             # Its end alone: its training is longer than the students', which would have a corner left.
             label = f"teacher at its end ({finals['teacher']:.2f})"
             axes.axhline(finals["teacher"], color=COLOURS["teacher"], label=label, linewidth=1.0, linestyle=":")
-        _line(axes, points[baseline], COLOURS["alone"], f"baseline: {baseline} ({finals[baseline]:.2f})")
+        _line(axes, points[baseline], COLOURS["alone"], f"baseline: {shortened(baseline, 40)} ({finals[baseline]:.2f})")
         _line(axes, points[name], COLOURS["distilled"], "the panel's row: AP50 at the end (and against the baseline)")
         gain = finals[name] - finals[baseline]
-        title = name if len(name) <= 40 else f"{name[:39]}…"
-        axes.set_title(f"{title}\n{finals[name]:.2f} ({gain:+.2f})", fontsize=8.5)
+        axes.set_title(f"{shortened(name, 40)}\n{finals[name]:.2f} ({gain:+.2f})", fontsize=8.5)
         axes.tick_params(labelsize=8, labelbottom=True)
         if number + columns >= len(shown):  # nothing below
             axes.set_xlabel("training time (s)", fontsize=9)
