@@ -63,7 +63,6 @@ class Benchmark:
     elements: Callable[[Shape], int] = math.prod
     gradient: bool = True  # False: what is computed is not differentiated, and may be a list of tensors
     dtypes: Sequence[str] = tuple(DTYPES)
-    backends: Sequence[str] = ("cpu", "cuda", "triton")  # on other devices ours is PyTorch's operations
 
 
 def tests_are_green(loss: str, tests: Path = ROOT / "tests") -> bool:
