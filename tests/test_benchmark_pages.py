@@ -247,6 +247,17 @@ def test_wrong_files_are_told(bench, tmp_path, capsys):
             with pytest.raises(SystemExit):
                 bench(module).main([str(path), *(["--html", str(tmp_path / "o")] if module == "pages" else [])])
             assert why in capsys.readouterr().err
+    bare, cut = save(tmp_path / "bare.csv", case()), save(tmp_path / "cut.csv", case())
+    bare.write_text(bare.read_text().splitlines()[0] + "\n")
+    cut.write_text(cut.read_text()[:-30])
+    (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00")
+    for path, why in ((bare, "no rows"), (cut, "row 3 has fewer cells"), (tmp_path / "binary.csv", "binary.csv")):
+        for module, options in (("pages", ["--html", str(tmp_path / "o")]), ("guard", []), ("report", [])):
+            with pytest.raises(SystemExit):
+                bench(module).main([str(path), *options])
+            assert why in (said := capsys.readouterr().err) or (path.name == "binary.csv" and "decode" in said)
+    needed = save(tmp_path / "needed.csv", [{c: r[c] for c in bench("publish.cases").NEEDED} for r in case()])
+    assert len(bench("report").read(needed)) == 3
     with pytest.raises(SystemExit):
         bench("pages").main([str(save(tmp_path / "x.csv", case()))])
     assert "with --html only" in capsys.readouterr().err
