@@ -130,7 +130,7 @@ def case_line(case: Case) -> str:
     line += f": moves at least {size(case.bytes)}" if case.bytes else ""
     touched, fresh = case.floor("touched"), case.floor("fresh")
     if touched is not None:
-        line += f"; a copy of that takes {figures(touched)} ms into touched memory"
+        line += f"; the copy takes {figures(touched)} ms into touched memory"
         line += "" if fresh is None else f", {figures(fresh)} ms into fresh pages"
     return line + "."
 
