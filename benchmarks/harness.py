@@ -26,6 +26,7 @@ import report
 import torch
 from judge import Judge, tensors
 from providers import Provider, kdkernels, native, say
+from publish.cases import group as grouped
 from shapes import CPU_BYTES, NAMES, Shape, Shapes, parse
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -286,6 +287,9 @@ def main(benchmarks: Sequence[Benchmark], arguments: Sequence[str] | None = None
             import pages
 
             pages.webpage(options.report, found)
+        for case in grouped(found):
+            if case.disturbed:
+                say(f"DISTURBED: {case.title}: even its copy was slowed by something else; run it again")
     if options.csv is not None and found:
         say(f"{len(found)} rows appended to {options.csv}")
     return 0 if good else 1

@@ -145,6 +145,19 @@ def test_headline_is_a_range_over_the_default_set(bench):
     assert "2.50 - 10.0" in text and "0.100" not in text
 
 
+def test_a_disturbed_case_is_told(bench):
+    """A copy of 4 MB that takes 9 ms where the run's own goes at 25 GB/s; a call's own cost is no disturbance."""
+    group, line = bench("publish.cases").group, bench("publish.tables").case_line
+
+    def told(ms, speed):
+        (one,) = group(case(floor_touched_ms=ms, floor_gb_per_s=speed, copy_gb_per_s=25))
+        assert ("disturbed" in line(one)) == one.disturbed
+        return one.disturbed
+
+    assert told(9, 0.5) and not told(0.3, 15) and not told(0.4, 0.01) and not told(400, 10) and not told(9, "")
+    assert not group(case())[0].disturbed  # older files do not say
+
+
 def test_figures_and_sizes(bench):
     tables = bench("publish.tables")
     shown = [tables.figures(x) for x in (0.09691, 6.2, 19, 62.74, 99.96, 4368.4, None)]
