@@ -100,7 +100,8 @@ def _accepts(judge: Judge, provider: Provider, inputs: Sequence[Any]) -> bool:
         say(f"    {provider.name}: not timed: {type(error).__name__}: {text}")
         return False
     loss, gradient = judge.errors[provider.name]
-    say(f"    {provider.name}: right: error of the loss {loss:.1e}, of the gradient {gradient:.1e}")
+    also = f", of the gradient {gradient:.1e}" if judge.gradient else ""
+    say(f"    {provider.name}: right: error of the result {loss:.1e}{also}")
     return True
 
 

@@ -186,6 +186,7 @@ def rows(case, providers, times, floors, memory, errors, host, options) -> list[
             if provider.kind == "liger":
                 row["liger"] = _version("liger-kernel")
             row["loss_error"], row["gradient_error"] = (f"{e:.1e}" for e in errors[provider.name])
+            row |= {} if gradient else {"gradient_error": ""}
             found.append(row | environment)
     return found
 
