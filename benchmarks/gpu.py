@@ -166,7 +166,7 @@ def interleaved(
         one_round(warm)
         took = time.perf_counter() - last
         warm += 1
-    rounds = rounds or max(FEWEST, min(MOST, int(seconds / took)))
+    rounds = rounds or int(max(FEWEST, min(MOST, seconds / took)))
     say(f"    timing {len(providers)} providers, {rounds} rounds, {len(sets)} copies of the inputs")
     times: dict[str, dict[str, list[float]]] = {p.name: {} for p in providers}
     floor_times: list[float] = []

@@ -95,18 +95,18 @@ def _key(case: Case) -> Key:
 
 
 def compare(new: Sequence[Case], old: Sequence[Case]) -> Iterator[Change]:
-    """The rows of ours that both runs have, with their ratios; one without a common baseline has none."""
+    """The rows of ours in cases of both runs, with their ratios: none without a time or a baseline in both."""
     before = {_key(case): case for case in old}
     for case in new:
         committed = before.get(_key(case))
         if committed is None:
             continue
         for name, mode in ((n, m) for n, modes in case.rows.items() if case.kind(n) == "ours" for m in modes):
-            own = _own(committed, case, name, mode)
-            if own is not None:
+            if name in committed.rows:  # else `missing` names it
+                own = _own(committed, case, name, mode)
                 pairs = {k: (_ratio(committed, name, k, mode), _ratio(case, name, k, mode)) for k in BASELINES}
-                there = {kind: pair for kind, pair in pairs.items() if None not in pair}
-                yield Change(f"{case.title}: {name}, {MODE_NAMES.get(mode, mode)}", own, there)
+                there = {kind: pair for kind, pair in pairs.items() if own and None not in pair}
+                yield Change(f"{case.title}: {name}, {MODE_NAMES.get(mode, mode)}", own or 1.0, there)
 
 
 def _own(old: Case, new: Case, name: str, mode: str) -> float | None:
@@ -137,7 +137,10 @@ def _committed(new: Sequence[Case]) -> Path | None:
 def _read(parser: argparse.ArgumentParser, argument: str, path: Path) -> list[Case]:
     if not path.is_file() or not has_rows(path):
         parser.error(f"{argument}: {path} {'has no rows of benchmarks' if path.is_file() else 'is not a file'}")
-    cases = group(report.read(path))
+    try:
+        cases = group(report.read(path))
+    except ValueError as error:
+        parser.error(f"{argument}: {error}")
     devices = {case.device for case in cases}
     if len(devices) != 1:
         parser.error(f"{argument}: {path} has rows of {len(devices)} devices, where one is compared: {sorted(devices)}")
@@ -162,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lists = {
         "slower": [str(change) for change in judged if change.slower],
         "faster": [str(change) for change in judged if change.faster],
-        "not judged, no baseline in both": [change.title for change in changes if not change.ratios],
+        "not judged, no time or no baseline in both": [change.title for change in changes if not change.ratios],
         "only in the new file": missing(new, old),
         "only in the committed file": missing(old, new),
     }

@@ -26,6 +26,7 @@ import report
 import torch
 from judge import Judge, tensors
 from providers import Provider, kdkernels, native, say
+from publish.cases import group as grouped
 from shapes import CPU_BYTES, NAMES, Shape, Shapes, parse
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -63,7 +64,6 @@ class Benchmark:
     elements: Callable[[Shape], int] = math.prod
     gradient: bool = True  # False: what is computed is not differentiated, and may be a list of tensors
     dtypes: Sequence[str] = tuple(DTYPES)
-    backends: Sequence[str] = ("cpu", "cuda", "triton")  # on other devices ours is PyTorch's operations
 
 
 def tests_are_green(loss: str, tests: Path = ROOT / "tests") -> bool:
@@ -100,7 +100,8 @@ def _accepts(judge: Judge, provider: Provider, inputs: Sequence[Any]) -> bool:
         say(f"    {provider.name}: not timed: {type(error).__name__}: {text}")
         return False
     loss, gradient = judge.errors[provider.name]
-    say(f"    {provider.name}: right: error of the loss {loss:.1e}, of the gradient {gradient:.1e}")
+    also = f", of the gradient {gradient:.1e}" if judge.gradient else ""
+    say(f"    {provider.name}: right: error of the result {loss:.1e}{also}")
     return True
 
 
@@ -140,6 +141,24 @@ def run_case(
     return report.rows(case, found, times, floors, memory, judge.errors, host, options), not judge.refusals
 
 
+def _whole(text: str) -> int:
+    """A whole number of 1 or more, for argparse."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, got {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    """A number of seconds, for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if math.isnan(value):
+        raise argparse.ArgumentTypeError(f"expected a number of seconds, got {text!r}")
+    return value
+
+
 def parser() -> argparse.ArgumentParser:
     """The options that every script and the whole table share."""
     result = argparse.ArgumentParser(
@@ -152,12 +171,12 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", nargs="+", default=["float32", "bfloat16"], choices=DTYPES, help="default: float32 bfloat16")
     sets = f"{', '.join(NAMES)}, or shapes such as 2x256x100x152 of the losses that are named; default: default"
     add("--shapes", nargs="+", type=parse, metavar="SET", default=["default"], help=sets)
-    add("--threads", type=int, default=2, help="of the CPU; default: 2")
+    add("--threads", type=_whole, default=2, help="of the CPU; default: 2")
     kinds = "default: all, and for the scaling set ours at its best and eager"
     add("--providers", nargs="+", choices=providers.KINDS, help=kinds)
-    add("--rounds", type=int, help="samples per provider; default: as many as --seconds allow, 9 to 200")
-    add("--seconds", type=float, default=2.0, help="time spent sampling each shape and dtype; default: 2")
-    add("--budget", type=float, default=math.inf, help="begin no further case after so many seconds, and say which")
+    add("--rounds", type=_whole, help="samples per provider; default: as many as --seconds allow, 9 to 200")
+    add("--seconds", type=_seconds, default=2.0, help="time spent sampling each shape and dtype; default: 2")
+    add("--budget", type=_seconds, default=math.inf, help="begin no further case after so many seconds, and say which")
     add("--quick", action="store_true", help="the quick set, three rounds, one compile mode, no file: a smoke test")
     add("--csv", type=Path, help="append rows here; default: benchmarks/results/<machine>.csv, with --quick nowhere")
     add("--report", type=Path, metavar="FOLDER", help="also write a self-contained web page of the run's rows there")
@@ -189,6 +208,8 @@ def _read(benchmarks: Sequence[Benchmark], arguments: Sequence[str] | None) -> t
     if options.device == "cuda" and not torch.cuda.is_available():
         reader.error("--device cuda: torch sees no GPU here")
     options.quick |= options.shapes == ["quick"]
+    if options.quick and options.shapes not in (["default"], ["quick"]):
+        reader.error("--quick: has shapes of its own, so --shapes cannot go with it")
     if options.quick:
         options.shapes, options.rounds = ["quick"], options.rounds or 3
     for shape in (s for s in options.shapes if not isinstance(s, str)):
@@ -197,20 +218,43 @@ def _read(benchmarks: Sequence[Benchmark], arguments: Sequence[str] | None) -> t
         if wrong := [b.loss for b in chosen if len(b.shapes.quick) != len(shape)]:
             like = "x".join(map(str, known[wrong[0]].shapes.quick))
             reader.error(f"--shapes {'x'.join(map(str, shape))}: a shape of {wrong[0]} is like {like}")
+        if not all(b.elements(shape) for b in chosen):
+            reader.error(f"--shapes {'x'.join(map(str, shape))}: there is nothing in it to be timed")
+    if not any(set(options.dtype) & set(b.dtypes) for b in chosen):
+        reader.error(f"--dtype {' '.join(options.dtype)}: {chosen[0].loss} has {', '.join(chosen[0].dtypes)} alone")
+    if options.csv is None and not options.quick:
+        options.csv = report.results_file(options.device)
+    _check_files(reader, options)
     return options, chosen
+
+
+def _check_files(reader: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """What cannot be written is told now, not after an hour."""
+    try:
+        name = "--csv"
+        if options.csv is not None:
+            report.check_header(options.csv)
+            options.csv.parent.mkdir(parents=True, exist_ok=True)
+            _check_writable(options.csv if options.csv.exists() else options.csv.parent)
+        name = "--report"
+        if options.report is not None:
+            import pages
+
+            pages.plots.pyplot()  # a missing matplotlib, too
+            options.report.mkdir(parents=True, exist_ok=True)
+            _check_writable(options.report)
+    except (OSError, ValueError) as error:
+        reader.error(f"{name}: {error}")
+
+
+def _check_writable(path: Path) -> None:
+    if not os.access(path, os.W_OK):
+        raise PermissionError(f"{path} cannot be written")
 
 
 def main(benchmarks: Sequence[Benchmark], arguments: Sequence[str] | None = None) -> int:
     """Runs benchmarks as the options say and prints their table; 1 if a test was red or a provider refused."""
     options, chosen = _read(benchmarks, arguments)
-    if options.csv is None and not options.quick:
-        options.csv = report.results_file(options.device)
-    if options.csv is not None:
-        report.check_header(options.csv)  # now, not after an hour
-    if options.report is not None:
-        import pages
-
-        pages.plots.pyplot()  # a missing matplotlib is told now, too
     torch.set_num_threads(options.threads)
     good, found, began = True, [], time.monotonic()
     if not options.skip_tests:
@@ -241,7 +285,12 @@ def main(benchmarks: Sequence[Benchmark], arguments: Sequence[str] | None = None
     if found:
         print(report.table(found))
         if options.report is not None:
+            import pages
+
             pages.webpage(options.report, found)
+        for case in grouped(found):
+            if case.disturbed:
+                say(f"DISTURBED: {case.title}: even its copy was slowed by something else; run it again")
     if options.csv is not None and found:
         say(f"{len(found)} rows appended to {options.csv}")
     return 0 if good else 1

@@ -122,7 +122,6 @@ BENCHMARKS = [
         elements=lambda shape: shape[0] * sum(h * w for h, w in levels_of(*shape[2:])),
         gradient=False,
         dtypes=("float32",),
-        backends=("cuda", "triton"),
     ),
     Benchmark(
         "masked_mse_boxes",

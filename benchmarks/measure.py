@@ -142,7 +142,7 @@ def interleaved(
         begin = time.perf_counter()
         one_round(shift)
         took = time.perf_counter() - begin
-    rounds = rounds or max(FEWEST, min(MOST, int(seconds / took)))
+    rounds = rounds or int(max(FEWEST, min(MOST, seconds / took)))
     say(f"    timing {len(providers)} providers, {rounds} rounds, about {rounds * took:.0f} s")
     modes = MODES if gradient else MODES[-1:]
     times: dict[str, dict[str, list[float]]] = {p.name: {mode: [] for mode in modes} for p in providers}

@@ -109,6 +109,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--csv", type=Path, default=CSV)
     parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args(arguments)
+    for name, path in (("--csv", options.csv), ("--page", options.page)):
+        if not path.parent.is_dir():  # told now, not after minutes
+            parser.error(f"{name}: {path.parent} is not a folder")
+    try:
+        return _run(options)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+
+def _run(options: argparse.Namespace) -> int:
     if options.check or options.quick:
         problems = check(options.csv, options.page) if options.check else []
         problems += quick(options.csv) if options.quick else []

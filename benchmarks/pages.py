@@ -35,8 +35,9 @@ def say(line: str) -> None:
 
 def has_rows(path: Path) -> bool:
     """Whether a CSV holds rows of benchmarks: other results lie in the same folder."""
-    with path.open(newline="") as file:
-        return set(NEEDED) <= set(next(csv.reader(file), []))
+    with path.open(newline="", errors="replace") as file:
+        lines = csv.reader(file)
+        return set(NEEDED) <= set(next(lines, [])) and next(lines, None) is not None
 
 
 def read(paths: Sequence[Path]) -> dict[str, Rows]:
@@ -120,7 +121,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not path.is_file() or not has_rows(path):
             parser.error(f"csv: {path} {'has no rows of benchmarks' if path.is_file() else 'is not a file'}")
     paths = options.csv or sorted(path for path in (ROOT / "benchmarks" / "results").glob("*.csv") if has_rows(path))
-    machines = read(paths)
+    try:
+        machines = read(paths)
+    except ValueError as error:
+        parser.error(f"csv: {error}")
     if not machines:
         parser.error("csv: no rows in benchmarks/results/")
     if options.html:

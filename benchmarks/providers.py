@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 KINDS = ("ours", "eager", "compiled", "liger")
 COMPILE_MODES = ("default", "max-autotune-no-cudagraphs")
-BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+GPU_BACKENDS = ("cuda", "triton")
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,8 @@ def _on(backend: str, function: Callable[..., Any]) -> Callable[..., Any]:
 def ours(benchmark: Benchmark, device: str, every: bool = True) -> Iterator[Provider]:
     """Ours at each capability of the CPU, or on each backend of the GPU; with `every`, the variants, too."""
     variants = benchmark.variants if every else {}
-    backends = [b for b in BACKENDS[device] if b in benchmark.backends]
-    if not backends:
-        yield Provider("ours", "PyTorch", benchmark.ours)
-    elif device == "cuda":
-        for backend in backends if every else backends[:1]:
+    if device == "cuda":
+        for backend in GPU_BACKENDS if every else GPU_BACKENDS[:1]:
             yield Provider("ours", backend, _on(backend, benchmark.ours))
             for variant, function in variants.items():
                 yield Provider("ours", f"{backend}, {variant}", _on(backend, function))

@@ -186,6 +186,7 @@ def rows(case, providers, times, floors, memory, errors, host, options) -> list[
             if provider.kind == "liger":
                 row["liger"] = _version("liger-kernel")
             row["loss_error"], row["gradient_error"] = (f"{e:.1e}" for e in errors[provider.name])
+            row |= {} if gradient else {"gradient_error": ""}
             found.append(row | environment)
     return found
 
@@ -211,14 +212,19 @@ def append(path: Path, found: Sequence[dict[str, Any]]) -> None:
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """The newest measurement of each case: an older one with other settings does not mix with it."""
+    """The newest measurement of each case: an older one with other settings does not mix with it.
+
+    ValueError where a row has more or fewer cells than there are columns: a run was cut off while it wrote.
+    """
     with path.open(newline="") as file:
         every = list(csv.DictReader(file))
     newest: dict[tuple, str] = {}
-    for row in every:
-        key = (*(row[c] for c in CASE), row["threads"])
-        newest[key] = max(newest.get(key, ""), row["date"])
-    return [row for row in every if row["date"] == newest[(*(row[c] for c in CASE), row["threads"])]]
+    keys = [(*(row.get(c) for c in CASE), row.get("threads")) for row in every]
+    for i, (key, row) in enumerate(zip(keys, every), 1):
+        if None in row or None in row.values():
+            raise ValueError(f"{path}: row {i} has {'more' if None in row else 'fewer'} cells than there are columns")
+        newest[key] = max(newest.get(key, ""), row.get("date", ""))
+    return [row for key, row in zip(keys, every) if row.get("date", "") == newest[key]]
 
 
 def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
@@ -247,9 +253,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("csv", type=Path)
     options = parser.parse_args(arguments)
-    found = read(options.csv)
+    try:
+        found = read(options.csv)
+    except (OSError, ValueError) as error:
+        parser.error(f"csv: {error}")
     if not found:
-        parser.error(f"{options.csv} has no rows")
+        parser.error(f"csv: {options.csv} has no rows")
     print(table(found))
     return 0
 

@@ -66,3 +66,15 @@ def test_guard_refuses_what_it_cannot_judge(bench, tmp_path, capsys):
     assert guard.main([str(save(tmp_path / "c.csv", alone)), str(old)]) == 2
     said = capsys.readouterr()
     assert "no baseline in both: pearson" in said.out and "no row of ours" in said.err
+
+
+def test_guard_tells_what_has_no_time(bench, tmp_path, capsys):
+    """A row whose time is no number, and a mode that one file alone has, are not passed over."""
+    old = save(tmp_path / "old.csv", case())
+    broken = row("ours", 1.0, setting="avx2") | {"ms_p50": "nan"}
+    new = save(tmp_path / "new.csv", [broken, *case()[1:], *case(dtype="bfloat16")])
+    assert bench("guard").main([str(new), str(save(tmp_path / "both.csv", case() + case(dtype="bfloat16")))]) == 0
+    assert "no time or no baseline in both: pearson, 2x8x4x4, float32, 2 threads: ours avx2" in capsys.readouterr().out
+    new = save(tmp_path / "new.csv", case() + case(mode="forward"))
+    assert bench("guard").main([str(new), str(old)]) == 0
+    assert "no baseline in both: pearson, 2x8x4x4, float32, 2 threads: ours avx2, forward\n" in capsys.readouterr().out

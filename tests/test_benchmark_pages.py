@@ -145,6 +145,19 @@ def test_headline_is_a_range_over_the_default_set(bench):
     assert "2.50 - 10.0" in text and "0.100" not in text
 
 
+def test_a_disturbed_case_is_told(bench):
+    """A copy of 4 MB that takes 9 ms where the run's own goes at 25 GB/s; a call's own cost is no disturbance."""
+    group, line = bench("publish.cases").group, bench("publish.tables").case_line
+
+    def told(ms, speed):
+        (one,) = group(case(floor_touched_ms=ms, floor_gb_per_s=speed, copy_gb_per_s=25))
+        assert ("disturbed" in line(one)) == one.disturbed
+        return one.disturbed
+
+    assert told(9, 0.5) and not told(0.3, 15) and not told(0.4, 0.01) and not told(400, 10) and not told(9, "")
+    assert not group(case())[0].disturbed  # older files do not say
+
+
 def test_figures_and_sizes(bench):
     tables = bench("publish.tables")
     shown = [tables.figures(x) for x in (0.09691, 6.2, 19, 62.74, 99.96, 4368.4, None)]
@@ -247,6 +260,17 @@ def test_wrong_files_are_told(bench, tmp_path, capsys):
             with pytest.raises(SystemExit):
                 bench(module).main([str(path), *(["--html", str(tmp_path / "o")] if module == "pages" else [])])
             assert why in capsys.readouterr().err
+    bare, cut = save(tmp_path / "bare.csv", case()), save(tmp_path / "cut.csv", case())
+    bare.write_text(bare.read_text().splitlines()[0] + "\n")
+    cut.write_text(cut.read_text()[:-30])
+    (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00")
+    for path, why in ((bare, "no rows"), (cut, "row 3 has fewer cells"), (tmp_path / "binary.csv", "binary.csv")):
+        for module, options in (("pages", ["--html", str(tmp_path / "o")]), ("guard", []), ("report", [])):
+            with pytest.raises(SystemExit):
+                bench(module).main([str(path), *options])
+            assert why in (said := capsys.readouterr().err) or (path.name == "binary.csv" and "decode" in said)
+    needed = save(tmp_path / "needed.csv", [{c: r[c] for c in bench("publish.cases").NEEDED} for r in case()])
+    assert len(bench("report").read(needed)) == 3
     with pytest.raises(SystemExit):
         bench("pages").main([str(save(tmp_path / "x.csv", case()))])
     assert "with --html only" in capsys.readouterr().err

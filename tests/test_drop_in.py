@@ -164,6 +164,9 @@ def test_block_torchvision():
     names = run("torchvision")
     assert names["loss"].isfinite() and names["distilled"].total > 0
     assert names["distilled"].details["masked_mse/foreground"] > 0
+    wide = names["student"].backbone(torch.zeros(1, 3, 96, 160))  # P6 is rounded up
+    for stride, x in zip(names["strides"], wide.values(), strict=True):
+        assert x.shape[-2:] == (-(-96 // stride), -(-160 // stride))
     assert names["student"].backbone.fpn.inner_blocks[0][0].weight.grad.abs().max() > 0
 
 

@@ -120,6 +120,23 @@ def test_other_bits_at_the_second_call(quick, monkeypatch, capsys):
     assert all("second call with one thread: loss: other bits" in line for line in wrong(output))
 
 
+@pytest.mark.parametrize("op", ["ground_truth_masks", "gaussian_masks"])
+def test_a_mask_with_a_wrong_cell(quick, monkeypatch, capsys, op):
+    def one_cell(masks, _):
+        masks[1][1, 0, 0] = 1 - masks[1][1, 0, 0]
+        return masks
+
+    assert kd.masks._KERNELS[op] is ops.OPS[op]
+    broken(monkeypatch, op, one_cell)
+    status, output = told(capsys, "masked_mse")
+    assert status == 1 and f"masked_mse on cpu base, {op} from boxes: level 1: 1 of 442 cells" in output
+
+
+def test_boxes_mark_every_level():
+    rows, keywords = inputs.boxes()
+    assert all(0 < mask.mean() < 1 for mask in kd.masks.ground_truth_masks(rows, **keywords))
+
+
 def test_a_kernel_that_raises(quick, monkeypatch, capsys):
     def fail(found, call):
         raise RuntimeError("an illegal instruction\nand more")

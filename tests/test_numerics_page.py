@@ -87,6 +87,22 @@ def test_a_missing_cell_and_a_missing_page_are_seen(numerics, tmp_path):
     assert "other columns" in _altered(numerics, tmp_path, lambda rows, page: ("loss,input\n", page))[0]
 
 
+def test_a_file_that_is_cut_off_or_empty_is_named(numerics, tmp_path, capsys):
+    def said(change):
+        (problem,) = _altered(numerics, tmp_path, lambda rows, page: (change(rows), page))
+        with pytest.raises(SystemExit):
+            numerics.main(["--page-only", "--csv", str(tmp_path / "rows.csv"), "--page", str(tmp_path / "page.md")])
+        assert problem in capsys.readouterr().err
+        return problem
+
+    assert "has no rows" in said(lambda rows: rows.splitlines()[0] + "\n")
+    assert "row 1 has None for its" in said(lambda rows: "\n".join([rows.splitlines()[0], "pearson,ordinary,float32"]))
+    assert "row 1 has '1e-x'" in said(lambda rows: "\n".join([rows.splitlines()[0], "a,b,c,d,1e-x,0,0,0,1,,,,,,"]))
+    with pytest.raises(SystemExit):
+        numerics.main(["--csv", str(tmp_path / "none" / "x.csv")])
+    assert "--csv: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["cpu base", "cpu avx2", "cpu avx512", "formula", "cuda", "triton"])
 def test_the_code_is_as_exact_as_the_rows_say(name, numerics, who, kept):
     """A part of the table again, on what this machine has."""

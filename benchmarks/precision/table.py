@@ -31,6 +31,10 @@ COLUMNS = (
     *("value_wrong", "gradient_wrong", "gradient_elements"),
     *ENVIRONMENT,
 )
+FIGURES = {
+    **dict.fromkeys(("value_error", "gradient_error"), float),
+    **dict.fromkeys(("value_wrong", "gradient_wrong", "gradient_elements"), int),
+}
 # The exact answer rounded to the result's dtype: nobody can do better. And the eager formula in float64, whose error
 # says that it means something else there.
 ROUNDED, EAGER64 = "exact, rounded", "eager in float64"
@@ -98,12 +102,21 @@ def write(path: Path, rows: Sequence[dict[str, Any]], environment: dict[str, str
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a file; ValueError where its columns are others."""
+    """The rows of a file; ValueError where its columns are others, it has no rows, or a figure is none."""
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != COLUMNS:
             raise ValueError(f"{path} has other columns than {', '.join(COLUMNS)}: run benchmarks/numerics.py again")
-        return list(reader)
+        rows = list(reader)
+    if not rows:
+        raise ValueError(f"{path} has no rows: run benchmarks/numerics.py again")
+    for number, row in enumerate(rows, 1):
+        for column, kind in FIGURES.items():
+            try:
+                kind(row[column])
+            except (TypeError, ValueError):  # a row that was cut off has None
+                raise ValueError(f"{path}: row {number} has {row[column]!r} for its {column}") from None
+    return rows
 
 
 def floor(rounded: dict[str, str], what: str) -> float:

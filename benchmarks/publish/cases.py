@@ -90,6 +90,15 @@ class Case:
         return next((f for n in self.rows if (f := self.of(n, f"floor_{which}_ms")) is not None), None)
 
     @property
+    def disturbed(self) -> bool:
+        """Whether something else ran beside it: its copy into touched memory took over four times as long as at the
+        speed of the run's large copy, and not by the half millisecond that a call may cost.
+        """
+        ms, name = self.floor("touched"), next(iter(self.rows))
+        own, large = self.of(name, "floor_gb_per_s"), self.of(name, "copy_gb_per_s")
+        return None not in (ms, own, large) and ms > 4 * ms * own / large + 0.5
+
+    @property
     def bytes(self) -> float:
         """What the mode of the sum must move at least."""
         return next((b for n in self.rows if (b := self.of(n, "bytes")) is not None), 0.0)

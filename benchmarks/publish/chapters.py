@@ -17,7 +17,8 @@ from .document import Block, Code, Heading, Picture, Text
 WHOLE = "detection_distillation"
 VERSIONS = ("torch", "triton", "liger", "liger_kernel", "cuda", "driver", "python")
 COPY = """The copy reads both inputs and writes one output of the same size, in the same run: into memory that was
-touched before, and into fresh pages (for masks, which have no gradient, it only writes). Its share is its time over the
+touched before, and into fresh pages (for masks, which have no gradient, it only writes; a target or labels are not in
+it). Its share is its time over the
 row's: at 100 % data moves as fast as in the copy. Ours writes its gradient into huge pages where the system grants
 them, so it can be faster than the copy into fresh pages."""
 LEGEND = """Milliseconds: the median, and p20 to p80 in brackets. x eager, x `torch.compile`, x Liger: how many times as
@@ -89,7 +90,7 @@ def _default(cases: Sequence[Case]) -> list[Case]:
 def _overview(cases: Sequence[Case], folder: str) -> list[Block]:
     if not plots.has_overview(cases):
         return []
-    text = "Time of each loss in copies of the same bytes: kdkernels and its peers; less is better"
+    text = "Time of each loss in copies of both inputs: kdkernels and its peers; less is better"
     return [Picture(f"{folder}/overview.png", text, partial(plots.overview, cases))]
 
 

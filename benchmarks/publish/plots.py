@@ -148,7 +148,7 @@ def overview(cases: Sequence[Case], path: Path) -> None:
     texts = [f"{title(loss)}\n{shape.replace('x', ' x ')}" for loss, shape in lines]
     panels[0][0].set_yticks(range(len(lines)), texts, fontsize=8.5)
     panels[0][0].invert_yaxis()
-    figure.supxlabel("time of forward + backward, in copies of the same bytes (log scale; less is better)", fontsize=10)
+    figure.supxlabel("time of forward + backward, in copies of both inputs (log scale; less is better)", fontsize=10)
     handles, labels = max((axes.get_legend_handles_labels() for axes in panels[0]), key=lambda pair: len(pair[0]))
     figure.legend(handles, labels, loc="outside upper center", ncols=3 + (size[0] > 7), frameon=False)
     _save(figure, path)

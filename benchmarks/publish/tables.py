@@ -130,8 +130,9 @@ def case_line(case: Case) -> str:
     line += f": moves at least {size(case.bytes)}" if case.bytes else ""
     touched, fresh = case.floor("touched"), case.floor("fresh")
     if touched is not None:
-        line += f"; a copy of that takes {figures(touched)} ms into touched memory"
+        line += f"; the copy takes {figures(touched)} ms into touched memory"
         line += "" if fresh is None else f", {figures(fresh)} ms into fresh pages"
+    line += "; it was disturbed: that copy should be over four times as fast" if case.disturbed else ""
     return line + "."
 
 

@@ -1,4 +1,5 @@
-"""The checks: numbers, bits and published values of every loss on every target; the objective against its parts.
+"""The checks: numbers, bits and published values of every loss on every target, with masked MSE the masks from boxes;
+the objective against its parts.
 
 A kernel that raises is a failed check, told like any other: nothing here ends the run.
 """
@@ -16,7 +17,7 @@ import torch
 import kdkernels as kd
 
 from .golden import CASES, Golden, projection, wave
-from .inputs import LOSSES, PAIRS, Call, Case, Loss, Pair, moved
+from .inputs import LOSSES, PAIRS, Call, Case, Loss, Pair, boxes, moved
 from .numbers import Result, evaluate, exact, faults, formula
 from .targets import Target, widest
 
@@ -63,6 +64,10 @@ def run(name: str, targets: Sequence[Target], tally: Tally) -> None:
             if golden.function == f"{name}_loss":
                 for target in targets:
                     _published(name, golden, target, tally)
+        for target in targets if name == "masked_mse" else ():
+            if target.backend != "reference":
+                for kind in ("ground_truth_masks", "gaussian_masks"):
+                    tally.add(name, target, f"{kind} from boxes", partial(_masks, kind, target))
     # Shared among threads, which all instruction sets do alike.
     _numbers(name, loss, loss.middle, "float32", PAIRS["float32"], widest(targets), tally)
 
@@ -169,6 +174,25 @@ def _again(call: _Call, options: dict[str, Any], first: Result) -> list[str]:
 
 def _home(result: Result) -> Result:
     return Result(result.loss.cpu(), [grad.cpu() for grad in result.grads])
+
+
+# Masks, which a loss of their own would not show: a wrong cell changes a loss by little.
+
+
+def _masks(kind: str, target: Target) -> list[str]:
+    """Cells that are drawn unlike PyTorch's: ground truth to the bit, Gaussians to 4 eps."""
+    rows, keywords = boxes()
+    draw = getattr(kd.masks, kind)
+    with kd.use_backend("reference"):
+        wanted = draw(rows, **keywords)
+    with target.in_force():
+        found = draw(rows.to(target.device), **keywords)
+    accepted = 0 if kind == "ground_truth_masks" else 4 * torch.finfo(torch.float32).eps
+    return [
+        f"level {k}: {wrong} of {want.numel()} cells"
+        for k, (got, want) in enumerate(zip(found, wanted, strict=True))
+        if (wrong := int((~((got.cpu() - want).abs() <= accepted)).sum()))
+    ]
 
 
 # Published values.

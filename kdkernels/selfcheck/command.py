@@ -14,7 +14,8 @@ _TOLD = 12  # failures that are printed; a kernel that is broken fails in every 
 _RIGHT = """\
 Right is: an error against the float64 formula of at most twice the same-dtype formula's plus 4 eps, for the loss and
 each gradient (float64: 1e-9; the formula itself: 4 eps times the root of the number of values); for kernels, the same
-bits when called again on one thread; the published values; for the objective, the sum of the single functions."""
+bits when called again on one thread; the published values; for masks from boxes, PyTorch's own; for the objective, the
+sum of the single functions."""
 
 
 def _say(line: str = "") -> None:

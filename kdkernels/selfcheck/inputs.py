@@ -184,6 +184,16 @@ def _bounded(g: Generator, student: Tensor) -> Call:
     return [target], {"bound_weight": 0.3, "margin": 0.1, "weight": _weight(g, student)}
 
 
+def boxes() -> tuple[Tensor, dict[str, Any]]:
+    """Boxes of two pictures and of none, on every level, over borders, reversed and not a number; keywords."""
+    g = Generator().manual_seed(11)
+    low = torch.rand(60, 2, generator=g) * 120 - 10
+    rows = torch.cat([torch.arange(60.0)[:, None] % 3 - 1, low, low + 128 * torch.rand(60, 2, generator=g) ** 3], 1)
+    rows[0, 3], rows[7, 1], rows[11, 4] = rows[0, 1] - 1, float("nan"), float("inf")
+    sizes = [(26, 33), (13, 17), (7, 9)]
+    return rows, {"sizes": sizes, "strides": [4, 8, 16], "base_size": 16, "batch_size": 2}
+
+
 # The objective: all terms, which must equal the sum of the single functions.
 
 _TERMS: dict[str, dict[str, Any]] = {
