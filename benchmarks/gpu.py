@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from judge import tensors
-from measure import FEWEST, MODES, MOST
+from measure import FEWEST, MODES, MOST, turns
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -148,11 +148,10 @@ def interleaved(
     floor = Floor(inputs[0] if gradient else providers[0].function(*inputs))
     at = 0
 
-    def one_round(shift: int) -> dict[str, dict[str, float]]:
+    def one_round(number: int) -> dict[str, dict[str, float]]:
         nonlocal at
         found = {}
-        for i in range(len(providers)):
-            provider = providers[(i + shift) % len(providers)]  # nobody is always the one after the same other
+        for provider in turns(providers, number):
             provider.prepare()
             at += 1
             found[provider.name] = _sample(provider.function, sets[at % len(sets)], gradient)
@@ -170,8 +169,8 @@ def interleaved(
     say(f"    timing {len(providers)} providers, {rounds} rounds, {len(sets)} copies of the inputs")
     times: dict[str, dict[str, list[float]]] = {p.name: {} for p in providers}
     floor_times: list[float] = []
-    for shift in range(rounds):
-        for name, sample in one_round(shift).items():
+    for number in range(rounds):
+        for name, sample in one_round(number).items():
             if name == "floor":
                 floor_times.append(sample["touched"])
             for mode in (m for m in MODES if m in sample):

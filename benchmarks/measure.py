@@ -12,6 +12,7 @@ import ctypes
 import gc
 import mmap
 import os
+import random
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -116,6 +117,13 @@ def trial(function: Callable[..., Tensor], inputs: Sequence[Any], rounds: int = 
     return sorted(samples[1:])[rounds // 2]
 
 
+def turns(providers: Sequence[Provider], number: int) -> list[Provider]:
+    """The order of a round: drawn by its number. Whoever comes after one that has just given back gigabytes pays for
+    fresh pages; in a fixed order, turned or not, that would always be the same one.
+    """
+    return random.Random(number).sample(list(providers), len(providers))
+
+
 def interleaved(
     benchmark: Benchmark,
     providers: Sequence[Provider],
@@ -129,18 +137,17 @@ def interleaved(
     student = leaf(inputs[0]) if gradient else inputs[0]
     floors = Floors(inputs[0], inputs[1]) if gradient else Floors(providers[0].function(*inputs))
 
-    def one_round(shift: int) -> dict[str, dict[str, float]]:
+    def one_round(number: int) -> dict[str, dict[str, float]]:
         found = {}
-        for i in range(len(providers)):
-            provider = providers[(i + shift) % len(providers)]  # nobody is always the one after the same other
+        for provider in turns(providers, number):
             provider.prepare()
             found[provider.name] = _sample(provider.function, student, inputs[1:], gradient)
         return found | {"floor": floors.sample()}
 
     say("    warming up")
-    for shift in range(2):
+    for number in range(2):
         begin = time.perf_counter()
-        one_round(shift)
+        one_round(number)
         took = time.perf_counter() - begin
     rounds = rounds or int(max(FEWEST, min(MOST, seconds / took)))
     say(f"    timing {len(providers)} providers, {rounds} rounds, about {rounds * took:.0f} s")
@@ -150,8 +157,8 @@ def interleaved(
     gc.collect()
     gc.disable()
     try:
-        for shift in range(rounds):
-            for name, sample in one_round(shift).items():
+        for number in range(rounds):
+            for name, sample in one_round(number).items():
                 into = floor_times if name == "floor" else times[name]
                 for mode, value in sample.items():
                     into[mode].append(value)

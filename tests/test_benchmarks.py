@@ -176,6 +176,17 @@ def test_every_loss_has_a_benchmark_whose_formula_agrees(bench):
                 assert judge.error(x, x64) < 1e-9, benchmark.loss
 
 
+def test_everybody_comes_after_everybody_else(bench):
+    """Whoever follows the one that gave back gigabytes pays for it: in turns of a fixed order, always the same one."""
+    measure = bench("measure")
+    names = [*"abcdef"]
+    rounds = [measure.turns(names, number) for number in range(60)]
+    assert all(sorted(turn) == names for turn in rounds)
+    pairs = {(one, other) for turn in rounds for one, other in zip(turn, turn[1:])}
+    assert len(pairs) == 30
+    assert rounds == [measure.turns(names, number) for number in range(60)], "the same in every run"
+
+
 def test_memory_sees_a_buffer_of_feature_size(bench):
     measure, harness = bench("measure"), bench("harness")
     pearson = bench("pearson").BENCHMARK
