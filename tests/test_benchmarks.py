@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import itertools
 import os
 import subprocess
 import sys
@@ -182,7 +183,7 @@ def test_everybody_comes_after_everybody_else(bench):
     names = [*"abcdef"]
     rounds = [measure.turns(names, number) for number in range(60)]
     assert all(sorted(turn) == names for turn in rounds)
-    pairs = {(one, other) for turn in rounds for one, other in zip(turn, turn[1:])}
+    pairs = {(one, other) for turn in rounds for one, other in itertools.pairwise(turn)}
     assert len(pairs) == 30
     assert rounds == [measure.turns(names, number) for number in range(60)], "the same in every run"
 
