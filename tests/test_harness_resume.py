@@ -279,7 +279,7 @@ def test_a_signal_to_all_processes_of_a_job_leaves_the_readers_alive(tmp_path):
     process.start()
     end = time.monotonic() + 100
     metrics = out / "metrics.jsonl"
-    while time.monotonic() < end and not (metrics.exists() and '"none"' in metrics.read_text()):
+    while time.monotonic() < end and not (metrics.exists() and '"run": "none"' in metrics.read_text()):
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGTERM)
     process.join(100)

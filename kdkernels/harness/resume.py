@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -78,9 +79,11 @@ class RunFolder:
     def finish(self) -> None:
         """The run has written its results: nothing of this is needed any more."""
         if self.first:
-            # First what makes it a run to go on with.
-            (self.folder / FILE).unlink(missing_ok=True)
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self.close()
+            # At once: a kill leaves a run to go on with or a finished one.
+            done = self.folder.with_name(f".{FOLDER}.done")
+            os.replace(self.folder, done)
+            shutil.rmtree(done, ignore_errors=True)
 
     def close(self) -> None:
         """Leave the folder to whoever goes on with it."""
