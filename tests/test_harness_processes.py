@@ -113,7 +113,7 @@ def test_each_process_takes_its_share_of_the_same_order():
 # --- whole runs
 
 
-ARGV = [*TINY, "--compare", "none", ROWS[1], "pkd:adapter=true+fitnets:hint_steps=1", "--no-equal-time"]
+ARGV = [*TINY, "--no-equal-time", "--compare", "none", ROWS[1], "pkd:adapter=true+fitnets:hint_steps=1"]
 
 
 def whole_run(rank, argv, folder, plan):
