@@ -77,9 +77,8 @@ def problems(root: Path, machines: Mapping[str, Rows], reasons: Mapping[str, str
     for picture in pictures:
         if not (root / "docs/pictures" / picture.path).is_file():
             found.append(f"docs/pictures/{picture.path} is missing")
-    for rows in machines.values():
-        found += defeats.unexplained(defeats.find(group(rows)), reasons)
-    return found
+    lost = [defeat for rows in machines.values() for defeat in defeats.find(group(rows))]
+    return [*found, *defeats.unexplained(lost, reasons), *defeats.unneeded(lost, reasons)]
 
 
 def write(root: Path, machines: Mapping[str, Rows], reasons: Mapping[str, str] = REASONS) -> list[str]:

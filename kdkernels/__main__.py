@@ -76,7 +76,7 @@ def _bench(arguments: list[str]) -> int:
 
 
 COMMANDS = {
-    "train": (_train, "distil a detector: with no argument, on small composed scenes, in about four minutes"),
+    "train": (_train, "distil a detector: with no argument, on small composed scenes, in some minutes"),
     "bench": (_bench, "time the losses against eager PyTorch, torch.compile and Liger (from a checkout)"),
     "info": (_info, "which implementation serves each loss here, and why; with --check, whether it is right"),
 }

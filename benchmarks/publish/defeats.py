@@ -46,9 +46,13 @@ class Defeat:
         mine, theirs = self.case.ms(self.case.ours, self.kind, 20), self.case.ms(self.peer, self.kind, 80)
         return mine is not None and theirs is not None and theirs >= mine
 
+    def explained_by(self, reasons: Mapping[str, str]) -> str | None:
+        """The key of the narrowest reason that was written down, if any."""
+        return next((key for key in self.keys if reasons.get(key)), None)
+
     def reason(self, reasons: Mapping[str, str]) -> str | None:
-        """The narrowest reason that was written down, if any."""
-        return next((reasons[key] for key in self.keys if reasons.get(key)), None)
+        """That reason."""
+        return reasons.get(self.explained_by(reasons))
 
 
 def _of(case: Case) -> Iterator[Defeat]:
@@ -84,6 +88,12 @@ def other_ways(cases: Sequence[Case]) -> list[tuple[Case, str]]:
             if case.kind(name) == "ours" and None not in (mine, other) and other < mine:
                 found.append((case, name))
     return found
+
+
+def unneeded(defeats: Sequence[Defeat], reasons: Mapping[str, str]) -> list[str]:
+    """A line for each reason that explains none of the defeats: it would explain the next one before anybody looked."""
+    needed = {defeat.explained_by(reasons) for defeat in defeats}
+    return [f"publish/reasons.py: no row needs '{key}': remove it" for key in reasons if key not in needed]
 
 
 def unexplained(defeats: Sequence[Defeat], reasons: Mapping[str, str]) -> list[str]:

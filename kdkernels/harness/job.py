@@ -218,13 +218,15 @@ class Job:
 
     def _started(
         self,
-        teacher_detector: nn.Module,
+        teacher_detector: nn.Module | None,
         recipes: Sequence[RecipeText],
         teacher: FrozenTeacher | None = None,
         steps: int = 1,
         **changes: Any,
     ) -> tuple[nn.Module, Distillation | None, list[str], list[nn.Parameter]]:
-        """A student before its training, its distillation, the names of what it inherited, and what is frozen."""
+        """A student before its training, its distillation, the names of what it inherited, and what is frozen. Without
+        a teacher's detector nothing can be inherited, nor distilled.
+        """
         options = replace(self.options, **changes)
         student = self._model("--model", options.model).to(self.device)
         if options.weights is not None:
@@ -328,7 +330,7 @@ class Job:
 
     def loaded(self, path: Any) -> nn.Module:
         """The student whose weights a file holds, as :func:`~kdkernels.harness.export.export` wrote it."""
-        student, *_ = self._started(self._untrained_teacher(), [], weights=path, inherit=(), freeze=(), compile=False)
+        student, *_ = self._started(None, [], weights=path, inherit=(), freeze=(), compile=False)
         return student
 
     def split(self, student: Student, steps: int = 12) -> dict[str, float]:

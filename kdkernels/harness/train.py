@@ -113,9 +113,9 @@ def _work(options: flags.Options, interruption: Any, processes: Any) -> int:
                 folder=folder, interruption=interruption, processes=processes,
             )  # fmt: skip
             if options.compare:
-                from . import compare
+                from .compare.run import run as compare
 
-                compare.run(job, begin)
+                compare(job, begin)
             else:
                 run(job, begin)
             folder.finish()

@@ -7,6 +7,6 @@
 from __future__ import annotations
 
 from .rows import COMPARE, TABLES, Row, rows
-from .run import run
 
-__all__ = ["COMPARE", "TABLES", "Row", "rows", "run"]
+# run.py is not imported here: whoever reads flags needs the rows alone.
+__all__ = ["COMPARE", "TABLES", "Row", "rows"]

@@ -9,11 +9,6 @@ from typing import NamedTuple
 from ..export import file_of
 from ..recipes import RecipeText, parse
 
-COMPARE = (
-    "train a student per row and compare them: none, a recipe, several joined by +, with inherit=PARTS and "
-    "freeze=PARTS among them (pkd+inherit=fpn), best for the recipe of the best row (best+inherit=fpn); or the name of "
-    "a table: defeat-masks, defeat-regions, defeat-proposals, defeat-rows, chen2017-parts, pkd-mimic"
-)
 _CHEN = "chen2017:classes={classes},boxes={boxes},hint={hint}"
 
 
@@ -68,6 +63,11 @@ TABLES = {
     ),
     "pkd-mimic": ("student=none", "mimic=mimic", "PKD=pkd", "PKD, teacher's neck frozen=pkd+inherit=fpn+freeze=fpn"),
 }
+COMPARE = (
+    "train a student per row and compare them: none, a recipe, several joined by +, with inherit=PARTS and "
+    "freeze=PARTS among them (pkd+inherit=fpn), best for the recipe of the best row (best+inherit=fpn); or the name of "
+    f"a table: {', '.join(TABLES)}"
+)
 
 
 class Row(NamedTuple):

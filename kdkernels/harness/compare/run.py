@@ -23,8 +23,6 @@ from .summary import Line, Trained, paired, table, write_runs
 
 #: Steps of the baseline at equal time are rounded up to so many parts of the rows' steps: rows share it.
 QUARTERS = 4
-#: What the times of a step are measured over.
-MEASURED = 12
 
 
 def run(job: Any, begin: float) -> None:
@@ -45,13 +43,11 @@ def run(job: Any, begin: float) -> None:
         best = comparison.best()
         if best is None:
             comparison.failed.append("best: none of the rows that it may stand for came to its end")
-        for row in rows:
-            if row.best and best is not None:
-                comparison.row_of[row.title] = row._replace(recipes=[*best.recipes, *row.recipes], best=False)
+        known = [row for row in rows if row.best and best is not None]
+        known = [row._replace(recipes=[*best.recipes, *row.recipes], best=False) for row in known]
         for seed in comparison.seeds:
-            for row in rows:
-                if row.best and best is not None:
-                    comparison.train(comparison.row_of[row.title], seed)
+            for row in known:
+                comparison.train(row, seed)
     if job.options.equal_time:
         baseline = comparison.row_of.get(comparison.baseline.title)  # which "best" may have been
         for steps in sorted({comparison.longer(row) for row in rows} - {job.options.training.steps}):
@@ -99,7 +95,7 @@ class Comparison:
             return
         self.runs.setdefault((row.title, steps), []).append(student.run)
         if student.distillation is not None and row.title not in self.parts:
-            self.parts[row.title] = job.decide(f"parts of {row.title}", lambda: job.split(student, MEASURED))
+            self.parts[row.title] = job.decide(f"parts of {row.title}", lambda: job.split(student))
             job.progress.record(kind="step_split", run=row.title, **self.parts[row.title])
         line = self.trained(row, student.run)
         job.progress.record(kind="result", pictures=len(job.val), **line._asdict())
@@ -209,9 +205,4 @@ class Comparison:
         shown = {"teacher": self.teacher.detector}
         for title in dict.fromkeys(title for title in (compared_with, best) if title is not None):
             shown[title] = self.job.loaded(file_of(folder, names[title]))
-        drawn += ["curves.png", *report.seen(folder, shown, self.job)]
-        norms = report.norms_of(folder / "metrics.jsonl", names[best])
-        if norms:
-            report.gradients(folder / "gradients.png", norms)
-            drawn.append("gradients.png")
-        return drawn
+        return [*drawn, "curves.png", *report.seen(folder, shown, self.job, names[best])]

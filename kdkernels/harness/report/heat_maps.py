@@ -104,7 +104,9 @@ def features(
                 else:
                     axes.set_xlabel(_similar(shown, truth[column]), fontsize=8, labelpad=2)
                 if column == 0:
-                    axes.set_ylabel("\n".join(textwrap.wrap(shortened(name, 60).replace("+", "+ "), 18)), fontsize=9)
+                    # Broken behind a plus sign, too.
+                    words = textwrap.wrap(shortened(name, 60).replace("+", "+ "), 18)
+                    axes.set_ylabel("\n".join(words).replace("+ ", "+"), fontsize=9)
     axes = last.add_subplot()
     last.colorbar(image, cax=axes, orientation="horizontal")
     axes.set_box_aspect(0.025)

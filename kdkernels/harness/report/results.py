@@ -54,7 +54,8 @@ def write(
     for entry in extra:
         progress.record(kind="extra_score", **entry)
     shown = {"teacher": teacher[0], "student alone": detectors["alone"], "student distilled": detectors["distilled"]}
-    pictures = _pictures(folder, everything, shown, job)
+    curves(folder / "curves.png", everything)
+    pictures = ["curves.png", *seen(folder, shown, job, "distilled")]
     progress.record(kind="end", seconds=seconds)
     print(table(everything, parts, len(job.val), costs))
     for entry in extra:
@@ -64,28 +65,24 @@ def write(
     print(f"\n{seconds:.0f} s in all. In {folder}: {names}")
 
 
-def _pictures(folder: Path, runs: dict[str, Run], detectors: dict[str, nn.Module], job: Any) -> list[str]:
-    """Draw the pictures of a run; returns their names."""
-    curves(folder / "curves.png", runs)
-    drawn = ["curves.png", *seen(folder, detectors, job)]
-    norms = norms_of(folder / "metrics.jsonl")
-    if norms:
-        gradients(folder / "gradients.png", norms)
-        drawn.append("gradients.png")
-    return drawn
-
-
-def seen(folder: Path, detectors: dict[str, nn.Module], job: Any) -> list[str]:
-    """Draw what detectors, the teacher first, find and see in validation pictures; returns the files' names."""
+def seen(folder: Path, detectors: dict[str, nn.Module], job: Any, distilled: str) -> list[str]:
+    """Draw what detectors, the teacher first, find and see in validation pictures, and the gradients of the run
+    ``distilled``, as far as there are levels to compare and norms that were recorded; returns the files' names.
+    """
     detections(folder / "detections.png", detectors, job.val, job.device)
+    drawn = ["detections.png"]
     (_, teacher), *students = detectors.items()
     try:
         how = {"base_size": job.options.base_size}
         features(folder / "features.png", teacher, dict(students), job.val, job.device, **how)
+        drawn.append("features.png")
     except ValueError as error:  # recipes of logits alone do without a common level
         job.progress.say(f"no features.png: {error}")
-        return ["detections.png"]
-    return ["detections.png", "features.png"]
+    norms = norms_of(folder / "metrics.jsonl", distilled)
+    if norms:
+        gradients(folder / "gradients.png", norms)
+        drawn.append("gradients.png")
+    return drawn
 
 
 def _extra_scores(job: Any, detectors: dict[str, nn.Module]) -> list[dict[str, Any]]:
