@@ -100,13 +100,13 @@ void for_each_unit(const RowUnits& units, int64_t columns, const Threads& thread
            });
 }
 
-// Sums over all rows: add_row(row, scratch, sums) adds a row's share to n sums.
+// Sums over all units: add_unit(first row, last row, scratch, sums) adds a unit's share to n sums.
 template <class A, int n, class F>
-void sum_rows(const RowUnits& units, int64_t columns, const Threads& threads, double (&totals)[n], const F& add_row) {
+void sum_units(const RowUnits& units, int64_t columns, const Threads& threads, double (&totals)[n], const F& add_unit) {
   double* parts = static_cast<double*>(malloc(sizeof(double) * n * size_t(units.count + 1)));
   for_each_unit<A>(units, columns, threads, [&](int64_t unit, int64_t first, int64_t last, RowScratch<A>& scratch) {
     double sums[n] = {};
-    for (int64_t row = first; row < last; ++row) add_row(row, scratch, sums);
+    add_unit(first, last, scratch, sums);
     for (int i = 0; i < n; ++i) parts[unit * n + i] = sums[i];
   });
   for (int i = 0; i < n; ++i) {
@@ -114,6 +114,15 @@ void sum_rows(const RowUnits& units, int64_t columns, const Threads& threads, do
     for (int64_t unit = 0; unit < units.count; ++unit) totals[i] += parts[unit * n + i];
   }
   free(parts);
+}
+
+// Sums over all rows: add_row(row, scratch, sums) adds a row's share to n sums.
+template <class A, int n, class F>
+void sum_rows(const RowUnits& units, int64_t columns, const Threads& threads, double (&totals)[n], const F& add_row) {
+  sum_units<A>(units, columns, threads, totals,
+               [&](int64_t first, int64_t last, RowScratch<A>& scratch, double (&sums)[n]) {
+                 for (int64_t row = first; row < last; ++row) add_row(row, scratch, sums);
+               });
 }
 
 // Runs row_value(row, scratch) for every row: a weighted double. Sums or stores them, as the reduction says.

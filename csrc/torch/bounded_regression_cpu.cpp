@@ -18,7 +18,7 @@ std::tuple<Tensor, Tensor> bounded_regression(Tensor student, Tensor teacher, Te
                                  smooth_l1_weight_tensor, beta, gate, reduction, avg_factor, avg_factor_tensor);
   Tensor loss = new_loss(student, pair.wide, reduction);
   Tensor derivative = new_statistics(student, pair, coordinates);
-  cpu::bounded_regression_forward(pair, row_view(target), options, loss.data_ptr(), derivative.data_ptr(),
+  cpu::bounded_regression_forward(pair, row_view(target), options, loss.data_ptr(), row_view(derivative),
                                   torch_threads());
   return {loss, derivative};
 }
@@ -45,11 +45,8 @@ std::tuple<Tensor, Tensor> bounded_regression_one_pass(
   const double whole = call.loss_weight.get();
   call.options.bound_weight = {whole * call.options.bound_weight.get(), nullptr};
   call.options.smooth_l1_weight = {whole * call.options.smooth_l1_weight.get(), nullptr};
-  Tensor derivative = new_statistics(student, call.pair, coordinates);
-  const float upstream = 1;
-  cpu::bounded_regression_forward(call.pair, call.target, call.options, pass.loss.data_ptr(), derivative.data_ptr(),
+  cpu::bounded_regression_forward(call.pair, call.target, call.options, pass.loss.data_ptr(), call.pair.grad,
                                   torch_threads());
-  cpu::bounded_regression_backward(call.pair, &upstream, false, derivative.data_ptr(), torch_threads());
   return {pass.loss, pass.grad};
 }
 
