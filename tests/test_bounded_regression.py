@@ -136,6 +136,19 @@ def test_reductions_agree(backend):
     torch.testing.assert_close(call(avg_factor=torch.tensor(7.5)), (rows * w).sum() / 7.5)
 
 
+@GATES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strides_change_no_bit_of_many_rows(dtype, gate, backend):
+    """More rows than a kernel takes at once, with weights: as columns of a wider tensor, and as a transposed one."""
+    s, t, y = (x.to(dtype) for x in _deltas(700))
+    call = functools.partial(kd.bounded_regression_loss, gate=gate, weight=torch.rand(700))
+    packed = [run(call, s, t, y), run(call, s, t, y, one_pass=False)]
+    for spread in (lambda x: F.pad(x, (1, 2))[:, 1:5], lambda x: x.T.contiguous().T):
+        found = [run(call, spread(s), spread(t), spread(y)), run(call, *map(spread, (s, t, y)), one_pass=False)]
+        for (loss, grad), (packed_loss, packed_grad) in zip(found, packed, strict=True):
+            assert torch.equal(loss, packed_loss) and torch.equal(grad, packed_grad)
+
+
 @pytest.mark.parametrize("average", [0, 0.0, -3.0, torch.tensor(0.0), torch.tensor(-1.0)])
 def test_avg_factor_of_nothing_gives_0(average, backend):
     s, t, y = _deltas()

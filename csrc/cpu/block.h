@@ -54,13 +54,34 @@ KD_HD uint16_t float_to_float16(float f) {
   return static_cast<uint16_t>(sign | ((body - 0x38000000u + 0xfffu + ((body >> 13) & 1u)) >> 13));
 }
 
+// Asks for what a reader that goes on through memory needs a page later. Processors ask by themselves, but seldom
+// across the end of a page. The address may lie outside the tensor: that is no access.
+KD_HD void ask_ahead(const void* p) {
+  constexpr uintptr_t page = 4096;
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + page), 0, 2);
+}
+
+// A vector of a stream that comes from memory, rather than from a cache.
+template <class A>
+KD_HD vec<A> load_and_ask(const A* p) {
+  ask_ahead(p);
+  return load(p);
+}
+
+constexpr int values_per_line = 64 / int(sizeof(uint16_t));  // of 16 bits, in a cache line
+
 template <class A>
 inline void read_bfloat16(const uint16_t* from, int64_t stride, int n, A* to) {
-  if (stride == 1) {
-    for (int i = 0; i < n; ++i) to[i] = bfloat16_to_float(from[i]);
-  } else {
+  if (stride != 1) {
     for (int i = 0; i < n; ++i) to[i] = bfloat16_to_float(from[i * stride]);
+    return;
   }
+  int i = 0;
+  for (; i + values_per_line <= n; i += values_per_line) {
+    ask_ahead(from + i);
+    for (int k = 0; k < values_per_line; ++k) to[i + k] = bfloat16_to_float(from[i + k]);
+  }
+  for (; i < n; ++i) to[i] = bfloat16_to_float(from[i]);
 }
 
 template <class A>
@@ -69,6 +90,7 @@ inline void read_float16(const uint16_t* from, int64_t stride, int n, A* to) {
 #if defined(__F16C__)
   if (stride == 1 && sizeof(A) == 4) {
     for (; i + 8 <= n; i += 8) {
+      if (i % values_per_line == 0) ask_ahead(from + i);
       const __m256 v = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
       memcpy(to + i, &v, sizeof(v));
     }

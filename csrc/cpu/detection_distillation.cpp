@@ -70,7 +70,10 @@ KD_HD void run_terms(Part& part, float* grad, const float* s, const float* t, co
       n,
       [&](int i) {
         const V mask = masked ? (one_mask ? shared : load(m + i)) : nothing;
-        store<float>(grad + i, term(load(s + i), load(t + i), mask, i, lanes<float>));
+        // With Pearson the moments have read the run before.
+        const V student = pearson ? load(s + i) : load_and_ask(s + i);
+        const V teacher = pearson ? load(t + i) : load_and_ask(t + i);
+        store<float>(grad + i, term(student, teacher, mask, i, lanes<float>));
       },
       [&](int i, int k) {
         const V mask = masked ? (one_mask ? shared : load_part(m + i, k, 0.0f)) : nothing;

@@ -22,7 +22,10 @@ KD_HD void add_run(PartialSums& total, const A* s, const A* t, const A* m, int n
   RegionSums<V> sums{constant<V>(0), constant<V>(0)};
   const V shared = constant<V>(0) + m[0];
   for_each_vector<A>(
-      n, [&](int i) { add_squared_difference(sums, load(s + i), load(t + i), one_mask ? shared : load(m + i)); },
+      n,
+      [&](int i) {
+        add_squared_difference(sums, load_and_ask(s + i), load_and_ask(t + i), one_mask ? shared : load(m + i));
+      },
       [&](int i, int k) {
         add_squared_difference(sums, load_part(s + i, k, A(0)), load_part(t + i, k, A(0)),
                                one_mask ? shared : load_part(m + i, k, A(0)));
@@ -38,7 +41,8 @@ KD_HD void gradient_run(A* grad, const A* s, const A* t, const A* m, int n, A fo
   for_each_vector<A>(
       n,
       [&](int i) {
-        store<A>(grad + i, masked_mse_gradient(load(s + i), load(t + i), one_mask ? shared : load(m + i), f, b));
+        store<A>(grad + i,
+                 masked_mse_gradient(load_and_ask(s + i), load_and_ask(t + i), one_mask ? shared : load(m + i), f, b));
       },
       [&](int i, int k) {
         store_part<A>(grad + i,

@@ -36,7 +36,8 @@ KD_HD void add_chunk(Moments& moments, const A* x, int n, A shift) {
   using V = vec<A>;
   V sum = constant<V>(0), squares = constant<V>(0);
   for_each_vector<A>(
-      n, [&](int i) { sum += load(x + i) - shift; }, [&](int i, int k) { sum += load_part(x + i, k, shift) - shift; });
+      n, [&](int i) { sum += load_and_ask(x + i) - shift; },
+      [&](int i, int k) { sum += load_part(x + i, k, shift) - shift; });
   const double mean = sum_lanes<A>(sum) / n;
   const A middle = A(mean);
   const auto square = [&](V value) -> V {

@@ -36,7 +36,7 @@ KD_HD double maximum_of(const A* x, int n) {
   using V = vec<A>;
   V best = constant<V>(-INFINITY);
   for_each_vector<A>(
-      n, [&](int i) { best = larger(load(x + i), best); },
+      n, [&](int i) { best = larger(load_and_ask(x + i), best); },
       [&](int i, int k) { best = larger(load_part(x + i, k, A(-INFINITY)), best); });
   return max_lanes<A>(best);
 }
