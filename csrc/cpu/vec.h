@@ -4,6 +4,12 @@
 
 #include <string.h>
 
+#include <utility>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include "../math/number.h"
 
 #if defined(__AVX512F__)
@@ -50,12 +56,31 @@ KD_HD vec<A> load(const A* p) {
   return v;
 }
 
-// The last n < lanes values; the other lanes hold `fill`, which the caller chooses to be neutral.
+// True in the first n lanes.
+template <class A>
+KD_HD typename vec_of<A>::bits first_lanes(int n) {
+  typename vec_of<A>::bits number;
+  for (int i = 0; i < lanes<A>; ++i) number[i] = i;
+  return number < n;
+}
+
+// The last n < lanes values; the other lanes hold `fill`, which the caller chooses to be neutral. Nothing beyond the n
+// values is touched.
 template <class A>
 KD_HD vec<A> load_part(const A* p, int n, A fill) {
-  vec<A> v = constant<vec<A>>(0) + fill;
+  const vec<A> rest = constant<vec<A>>(0) + fill;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) return (vec<A>)_mm512_mask_loadu_ps((__m512)rest, __mmask16((1u << n) - 1), p);
+  if constexpr (sizeof(A) == 8) return (vec<A>)_mm512_mask_loadu_pd((__m512d)rest, __mmask8((1u << n) - 1), p);
+#elif defined(__AVX2__)
+  const auto first = first_lanes<A>(n);
+  if constexpr (sizeof(A) == 4) return first ? (vec<A>)_mm256_maskload_ps(p, (__m256i)first) : rest;
+  if constexpr (sizeof(A) == 8) return first ? (vec<A>)_mm256_maskload_pd(p, (__m256i)first) : rest;
+#else
+  vec<A> v = rest;
   for (int i = 0; i < n; ++i) v[i] = p[i];
   return v;
+#endif
 }
 
 template <class A>
@@ -65,32 +90,63 @@ KD_HD void store(A* p, vec<A> v) {
 
 template <class A>
 KD_HD void store_part(A* p, vec<A> v, int n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
+  if constexpr (sizeof(A) == 8) _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), (__m512d)v);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(A) == 4) _mm256_maskstore_ps(p, (__m256i)first_lanes<A>(n), (__m256)v);
+  if constexpr (sizeof(A) == 8) _mm256_maskstore_pd(p, (__m256i)first_lanes<A>(n), (__m256d)v);
+#else
   for (int i = 0; i < n; ++i) p[i] = v[i];
+#endif
 }
 
-// Sum and maximum over the lanes, always in the same order: four interleaved chains, which overlap. The sum is taken in
-// double.
+// n lanes of a vector, from lane `first` on. Written lane by lane, which compilers turn into a shuffle; a copy through
+// memory would wait for its store.
+template <class A, int n>
+struct vec_of_lanes {
+  typedef A type __attribute__((vector_size(n * sizeof(A))));
+};
+template <class A, int first, class V, int... lane>
+KD_HD auto some_lanes(const V& v, std::integer_sequence<int, lane...>) {
+  return typename vec_of_lanes<A, sizeof...(lane)>::type{v[first + lane]...};
+}
+template <class A, int first, int n, class V>
+KD_HD auto some_lanes(const V& v) {
+  return some_lanes<A, first>(v, std::make_integer_sequence<int, n>());
+}
+
+// All n lanes joined: the upper half to the lower one, until one is left.
+template <class A, int n, class V, class F>
+KD_HD A fold(const V& v, const F& join) {
+  if constexpr (n == 2) {
+    return join(v[0], v[1]);
+  } else {
+    return fold<A, n / 2>(join(some_lanes<A, 0, n / 2>(v), some_lanes<A, n / 2, n / 2>(v)), join);
+  }
+}
+
+// n lanes from `first` on, added up in double, four (or two) at a time.
+template <class A, int first, int n>
+KD_HD auto lanes_in_double(const vec<A>& v) {
+  constexpr int chunk = lanes<double> < 4 ? lanes<double> : 4;
+  if constexpr (n == chunk) {
+    return __builtin_convertvector(some_lanes<A, first, chunk>(v), typename vec_of_lanes<double, chunk>::type);
+  } else {
+    return lanes_in_double<A, first, n / 2>(v) + lanes_in_double<A, first + n / 2, n / 2>(v);
+  }
+}
+
+// Sum, taken in double, and maximum over the lanes: always in the same order.
 template <class A>
 KD_HD double sum_lanes(vec<A> v) {
-  constexpr int chains = lanes<A> < 4 ? lanes<A> : 4;
-  double total[4] = {0, 0, 0, 0};
-  for (int i = 0; i < lanes<A>; i += chains) {
-    for (int j = 0; j < chains; ++j) total[j] += v[i + j];
-  }
-  return (total[0] + total[2]) + (total[1] + total[3]);
+  const auto sum = lanes_in_double<A, 0, lanes<A>>(v);
+  return fold<double, sizeof(sum) / sizeof(double)>(sum, [](auto a, auto b) { return a + b; });
 }
 
 template <class A>
 KD_HD A max_lanes(vec<A> v) {
-  constexpr int chains = lanes<A> < 4 ? lanes<A> : 4;
-  A best[chains];
-  for (int j = 0; j < chains; ++j) best[j] = v[j];
-  for (int i = chains; i < lanes<A>; i += chains) {
-    for (int j = 0; j < chains; ++j) best[j] = v[i + j] > best[j] ? v[i + j] : best[j];
-  }
-  A most = best[0];
-  for (int j = 1; j < chains; ++j) most = best[j] > most ? best[j] : most;
-  return most;
+  return fold<A, lanes<A>>(v, [](auto a, auto b) { return larger(a, b); });
 }
 
 // Walks over n values: full(i) for each whole vector at i, then part(i, count) for the count < lanes that are left.
