@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import itertools
+import mmap
 import os
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from kdkernels import native
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 ENTRY_POINTS = [
     *("run", "harness", "providers", "shapes", "judge", "measure", "gpu", "report"),
-    *("compile_gates", "pages", "guard", "numerics"),
+    *("compile_gates", "pages", "guard", "numerics", "fresh_pages"),
 ]
 
 
@@ -366,3 +367,16 @@ def test_gpu_check_resumes(tmp_path):
     failed = check("false", "gpu", "bench")
     assert failed.returncode == 1 and "gpu: passed before" in failed.stdout and "bench: FAILED" in failed.stdout
     assert check("true", "gpu", "bench").returncode == 0
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="huge pages are asked for on Linux alone")
+def test_fresh_pages_are_timed_in_both_sizes(bench, capsys):
+    main = bench("fresh_pages").main
+    assert main(["--megabytes", "4", "--neighbour", "8", "--pause", "0.01", "--rounds", "2"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:6]]
+    assert [row[0] for row in rows] == ["small", "small", "huge", "huge"]
+    assert all(0 < float(row[-3]) <= float(row[-4]) <= float(row[-2]) for row in rows)
+    for option, value in (("--megabytes", "0"), ("--neighbour", "-1"), ("--rounds", "0"), ("--pause", "-1")):
+        with pytest.raises(SystemExit):
+            main([option, value])
+        assert f"{option}: expected" in capsys.readouterr().err

@@ -120,6 +120,11 @@ def test_rows_that_would_write_the_same_students_are_one_row_twice(tmp_path):
         ValueError, match="'mimic:adapter=True' is given twice, the other time as 'mimic: adapter=true'"
     ):
         rows(["mimic: adapter=true", "mimic:adapter=True"], "scenes")
+    with pytest.raises(ValueError, match="none is the student alone, and joins nothing"):
+        rows(["none+pkd"], "scenes")
+    both = rows(["defeat-proposals", "pkd-mimic"], "scenes")
+    assert [row.title for row in both if row.plain] == ["student"]  # of two tables that share it
+    assert len(both) == 7  # with the control of the row that inherits
     with pytest.raises(ValueError, match="freeze= is given twice; several parts are freeze=fpn/rpn"):
         rows(["pkd+freeze=fpn+freeze=rpn"], "scenes")
     with pytest.raises(ValueError, match="mimic: weight is given twice"):

@@ -18,9 +18,8 @@ WHOLE = "detection_distillation"
 VERSIONS = ("torch", "triton", "liger", "liger_kernel", "cuda", "driver", "python")
 COPY = """The copy reads both inputs and writes one output of the same size, in the same run: into memory that was
 touched before, and into fresh pages (for masks, which have no gradient, it only writes; a target or labels are not in
-it). Its share is its time over the
-row's: at 100 % data moves as fast as in the copy. Ours writes its gradient into huge pages where the system grants
-them, so it can be faster than the copy into fresh pages."""
+it). Its share is its time over the row's: at 100 % data moves as fast as in the copy. Ours writes its gradient into
+huge pages where the system grants them, so it can be faster than the copy into fresh pages."""
 LEGEND = """Milliseconds: the median, and p20 to p80 in brackets. x eager, x `torch.compile`, x Liger: how many times as
 fast as that peer at the fastest of its forms and settings, forward and backward together. GB/s: what must move at least
 (inputs read once, the gradient written once) over the time. Forward memory is that of one forward with a graph, without
@@ -47,8 +46,10 @@ ours is faster than the default one in {ways}: [{page}]({page}) lists them, besi
 `python benchmarks/pages.py` makes these tables and pictures from `benchmarks/results/`."""
 MADE = """Made by `python benchmarks/pages.py` from the rows in `benchmarks/results/`: a change here is overwritten.
 Every provider is first held against float64; then all of them are timed interleaved in one process, from raw inputs to
-the student's gradient. `python benchmarks/guard.py NEW.csv` says whether a new run has become slower, and `python -m
-kdkernels bench --report FOLDER` makes a web page like this one of its own rows."""
+the student's gradient. Where p80 is several times p20, a gradient's fresh pages are the first suspect, which the host
+of a virtual machine may have to provide: `python benchmarks/fresh_pages.py` measures them by themselves. `python
+benchmarks/guard.py NEW.csv` says whether a new run has become slower, and `python -m kdkernels bench --report FOLDER`
+makes a web page like this one of its own rows."""
 
 
 def _values(rows: Sequence[Row], column: str) -> list[str]:

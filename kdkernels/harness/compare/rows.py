@@ -111,7 +111,8 @@ def rows(texts: list[str], preset: str) -> list[Row]:
     found: list[Row] = []
     for text in texts:
         if text in TABLES:
-            found += [_row(*_titled(entry), preset) for entry in TABLES[text]]
+            of_table = [_row(*_titled(entry), preset) for entry in TABLES[text]]
+            found += [row for row in of_table if row not in found]  # tables may share rows
         else:
             found.append(_row(text, text, preset))
     for row in [row for row in found if row.inherit and (row.recipes or row.best)]:
@@ -143,6 +144,8 @@ def _titled(entry: str) -> tuple[str, str]:
 
 def _row(title: str, text: str, preset: str) -> Row:
     recipes, inherit, freeze, best = [], (), (), False
+    if text != "none" and "none" in text.split("+"):
+        raise ValueError(f"{text!r}: none is the student alone, and joins nothing")
     for part in text.split("+"):
         key, _, value = part.partition("=")
         if key in ("inherit", "freeze"):
