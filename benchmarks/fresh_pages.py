@@ -56,8 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("megabytes", "neighbour", "rounds"):
         if getattr(options, name) < 1:
             parser.error(f"--{name}: expected at least 1, got {getattr(options, name)}")
-    if options.pause < 0:
-        parser.error(f"--pause: expected a number of seconds, got {options.pause}")
+    if not 0 <= options.pause < 3600:
+        parser.error(f"--pause: expected seconds, 0 to 3600, got {options.pause}")
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         print("fresh_pages: this system has no huge pages to ask for", file=sys.stderr)
         return 2

@@ -376,7 +376,13 @@ def test_fresh_pages_are_timed_in_both_sizes(bench, capsys):
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:6]]
     assert [row[0] for row in rows] == ["small", "small", "huge", "huge"]
     assert all(0 < float(row[-3]) <= float(row[-4]) <= float(row[-2]) for row in rows)
-    for option, value in (("--megabytes", "0"), ("--neighbour", "-1"), ("--rounds", "0"), ("--pause", "-1")):
+    for option, value in (
+        ("--megabytes", "0"),
+        ("--neighbour", "-1"),
+        ("--rounds", "0"),
+        ("--pause", "-1"),
+        ("--pause", "nan"),
+    ):
         with pytest.raises(SystemExit):
             main([option, value])
         assert f"{option}: expected" in capsys.readouterr().err
