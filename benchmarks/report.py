@@ -212,14 +212,14 @@ def append(path: Path, found: Sequence[dict[str, Any]]) -> None:
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """The newest measurement of each case: an older one with other settings does not mix with it.
+    """The newest measurement of each case on each device: an older one with other settings does not mix with it.
 
     ValueError where a row has more or fewer cells than there are columns: a run was cut off while it wrote.
     """
     with path.open(newline="") as file:
         every = list(csv.DictReader(file))
     newest: dict[tuple, str] = {}
-    keys = [(*(row.get(c) for c in CASE), row.get("threads")) for row in every]
+    keys = [tuple(row.get(c) for c in (*CASE, "threads", "device", "cpu")) for row in every]
     for i, (key, row) in enumerate(zip(keys, every), 1):
         if None in row or None in row.values():
             raise ValueError(f"{path}: row {i} has {'more' if None in row else 'fewer'} cells than there are columns")
@@ -250,6 +250,8 @@ def table(found: Sequence[dict[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the newest measurement of everything in a CSV."""
+    from publish.cases import NEEDED
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("csv", type=Path)
     options = parser.parse_args(arguments)
@@ -259,6 +261,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"csv: {error}")
     if not found:
         parser.error(f"csv: {options.csv} has no rows")
+    if absent := [column for column in NEEDED if column not in found[0]]:
+        parser.error(f"csv: {options.csv} has no column {', '.join(absent)}")
     print(table(found))
     return 0
 

@@ -5,6 +5,7 @@ Columns that a file does not have count as empty, so that older and newer files 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,12 +16,12 @@ Row = Mapping[str, Any]
 
 
 def number(row: Row | None, column: str) -> float | None:
-    """A cell as a number; None where the row or the cell is missing, empty or not a number."""
+    """A cell as a number; None where the row or the cell is missing, empty or not a finite number."""
     try:
         value = float(row[column])  # type: ignore[index]
     except (TypeError, KeyError, ValueError):
         return None
-    return value if value == value else None
+    return value if math.isfinite(value) else None
 
 
 def device(row: Row) -> str:
