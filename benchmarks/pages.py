@@ -19,8 +19,8 @@ from typing import Any
 
 import report
 from publish import chapters, defeats, document, plots
-from publish.cases import NEEDED, group
-from publish.reasons import REASONS
+from publish.cases import NEEDED, device, group
+from publish.reasons import CALL, REASONS
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- benchmarks -->\n", "<!-- /benchmarks -->"
@@ -41,8 +41,16 @@ def has_rows(path: Path) -> bool:
 
 
 def read(paths: Sequence[Path]) -> dict[str, Rows]:
-    """The newest rows of each file, by the name of its pictures' folder."""
-    return {path.stem: rows for path in paths if (rows := report.read(path))}
+    """The newest rows of each file, by the name of its pictures' folder; ValueError where two would be shown as one."""
+    found: dict[str, Rows] = {}
+    for path in paths:
+        rows = report.read(path)
+        if len(devices := sorted({device(row) for row in rows})) > 1:
+            raise ValueError(f"{path} has rows of {len(devices)} devices, where a page is of one: {devices}")
+        if path.stem in found:
+            raise ValueError(f"{path}: another file is called {path.stem}, too, and each gets a folder of its name")
+        found |= {path.stem: rows} if rows else {}
+    return found
 
 
 def between(text: str, new: str) -> str:
@@ -78,7 +86,8 @@ def problems(root: Path, machines: Mapping[str, Rows], reasons: Mapping[str, str
         if not (root / "docs/pictures" / picture.path).is_file():
             found.append(f"docs/pictures/{picture.path} is missing")
     lost = [defeat for rows in machines.values() for defeat in defeats.find(group(rows))]
-    return [*found, *defeats.unexplained(lost, reasons), *defeats.unneeded(lost, reasons)]
+    found += defeats.unexplained(lost, reasons) + defeats.unneeded(lost, reasons)
+    return found + [x for rows in machines.values() for x in defeats.too_large(group(rows), reasons, CALL)]
 
 
 def write(root: Path, machines: Mapping[str, Rows], reasons: Mapping[str, str] = REASONS) -> list[str]:

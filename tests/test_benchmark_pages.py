@@ -124,6 +124,54 @@ def test_a_defeat_needs_a_reason(bench, pages_of):
     assert line in page[page.index("**Why:** narrow\n") : page.index("## Where another way")]
 
 
+def test_the_cost_of_a_call_explains_small_cases_alone(bench, pages_of):
+    pages, reasons, call = bench("pages"), {"pearson/both": bench("publish.reasons").CALL}, "fixed cost of a call"
+    for ours, accepted in ((4.0, True), (6.1, False)):
+        rows = {"made-up": case(ours=3.0, shape="1") + case(ours=ours, shape="9")}
+        wrong = [
+            text for text in pages.problems(pages_of[0], rows, reasons) if call in text and "disagrees" not in text
+        ]
+        assert len(wrong) == (0 if accepted else 1) and all("9" in x and "2.0 times" in x for x in wrong)
+
+
+def test_medians_whose_spreads_overlap_are_counted(bench):
+    undecided, group = bench("publish.defeats").undecided, bench("publish.cases").group
+    assert [undecided(group(case(ours=x))[0]) for x in (1.0, 2.95, 3.0, 3.05, 4.0)] == [False, True, True, True, False]
+    assert not undecided(group([row("ours", 1.0)])[0]) and not undecided(group([row("eager", 1.0)])[0])
+    cases = group(case() + case(ours=3.0, shape="9"))
+    text = bench("publish.document").markdown(bench("publish.chapters")._summary(cases, "p"), "p")
+    assert "In 1 of these 2 cases" in " ".join(text.split())
+
+
+def test_a_case_without_peers_says_so(bench):
+    line, group = bench("publish.tables").case_line, bench("publish.cases").group
+    assert "no peer is here" in line(group([row("ours", 1.0)])[0]) and "no peer" not in line(group(case())[0])
+
+
+def test_devices_do_not_mix(bench, tmp_path, capsys):
+    """A newer measurement on another machine does not hide an older one, and no page shows both as one machine's."""
+    read, both = bench("report").read, case() + case(cpu="another", date="2027-01-01T00")
+    path = save(tmp_path / "both.csv", both)
+    assert len(read(path)) == 6
+    assert bench("publish.chapters").setting(both).startswith("made up and another, ")
+    with pytest.raises(SystemExit):
+        bench("pages").main([str(path), "--html", str(tmp_path / "o")])
+    assert "rows of 2 devices" in capsys.readouterr().err
+    (tmp_path / "a").mkdir()
+    same = [str(save(folder / "one.csv", case())) for folder in (tmp_path, tmp_path / "a")]
+    with pytest.raises(SystemExit):
+        bench("pages").main([*same, "--html", str(tmp_path / "o")])
+    assert "another file is called one" in capsys.readouterr().err
+
+
+def test_cells_that_are_no_numbers_count_as_empty(bench, tmp_path, capsys):
+    number = bench("publish.cases").number
+    assert [number({"a": x}, "a") for x in ("1.5", "nan", "inf", "-inf", "fast", "", None)] == [1.5] + 6 * [None]
+    odd = save(tmp_path / "odd.csv", case(load="high", floor_touched_ms="inf", date="2026-01-02"))
+    assert bench("guard").main([str(odd), str(odd)]) == 0 and bench("report").main([str(odd)]) == 0
+    assert "load" not in capsys.readouterr().out
+
+
 def test_other_ways_that_are_faster_are_listed(bench):
     rows = [*case(), row("ours", 0.5, setting="avx2, two passes"), row("ours", 2.0, setting="base")]
     found = bench("publish.defeats").other_ways(bench("publish.cases").group(rows))
@@ -136,7 +184,7 @@ def test_headline_is_a_range_over_the_default_set(bench):
     line = tables.headline(group(rows)).body
     assert len(line) == 1
     assert line[0][:6] == ["Pearson", "float32", "2", "2.50 - 10.0", "3.00", "-"]
-    assert line[0][6:8] == ["9", "1.00"] and line[0][8] == "50.0 % / 200 %"
+    assert line[0][6:8] == ["9", "1.00 (0.980 - 1.02)"] and line[0][8] == "50.0 % / 200 %"
     kl = tables.headline(group(case(loss="temperature_kl"))).body[0]
     assert kl[5] == "- (needs a GPU)"
     liger = [*case(loss="temperature_kl"), row("liger", 4.0, loss="temperature_kl")]
@@ -144,7 +192,11 @@ def test_headline_is_a_range_over_the_default_set(bench):
     chapters = bench("publish.chapters")
     scaled = rows + case(eager=0.1, shape="7", set="scaling")
     text = bench("publish.document").markdown(chapters.readme({"m": scaled}, "docs/benchmarks.md"), "p")
-    assert "2.50 - 10.0" in text and "0.100" not in text
+    assert (
+        "2.50 - 10.0" in text
+        and "0.100 - 10.0" not in text
+        and "least factor over eager is 0.100." in " ".join(text.split())
+    )
 
 
 def test_a_disturbed_case_is_told(bench):
@@ -271,6 +323,9 @@ def test_wrong_files_are_told(bench, tmp_path, capsys):
             with pytest.raises(SystemExit):
                 bench(module).main([str(path), *options])
             assert why in (said := capsys.readouterr().err) or (path.name == "binary.csv" and "decode" in said)
+    with pytest.raises(SystemExit):
+        bench("report").main([str(other)])
+    assert "has no column loss, shape" in capsys.readouterr().err
     needed = save(tmp_path / "needed.csv", [{c: r[c] for c in bench("publish.cases").NEEDED} for r in case()])
     assert len(bench("report").read(needed)) == 3
     with pytest.raises(SystemExit):

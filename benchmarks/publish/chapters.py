@@ -11,7 +11,7 @@ from functools import partial
 
 from . import defeats as lost
 from . import plots, tables
-from .cases import Case, Row, by_loss, device, group, largest
+from .cases import Case, Row, by_loss, device, group, largest, number
 from .document import Block, Code, Heading, Picture, Text
 
 WHOLE = "detection_distillation"
@@ -25,10 +25,14 @@ fast as that peer at the fastest of its forms and settings, forward and backward
 (inputs read once, the gradient written once) over the time. Forward memory is that of one forward with a graph, without
 its inputs: the most at any moment, what is kept for the backward, and how far the process grew, scratch memory
 included. Errors are max|x - x64| / max|x64| against the formula in float64."""
-HEADLINE = """Forward and backward together, a line per loss and dtype. The x columns are how many times as fast as the
-formula that users copy (eager), as `torch.compile` of it and as Liger, each at its fastest form and setting: least and
-most over the shapes of the default set, the largest of which is shown in full. Forward memory is its peak, inputs
-excluded: in one pass the gradient is already there."""
+HEADLINE = """Forward and backward together (masks have no backward), a line per loss and dtype. The x columns are how
+many times as fast as the formula that users copy (eager), as `torch.compile` of it and as Liger, each at its fastest
+form and setting, by medians: least and most over the shapes of the default set, the largest of which is shown in full.
+In {overlaps} of these {cases} cases the middle 60 % of ours and of its fastest peer overlap. Forward memory is its
+peak, inputs excluded: in one pass the gradient is already there."""
+ON_A_CPU = """Temporaries that are too large for the C library's allocator to keep (with glibc, over 32 MB) are fresh
+memory in every step, and fresh memory is dear here, as the copy into it shows: the largest factors over eager owe a
+part to that."""
 RULE = """A row for every case, dtype and mode in which a peer has the smaller median, however small the difference; in
 which its forward peaks or keeps more than {part:g} % and {least:,} bytes less; or in which its error is smaller by more
 than half an eps of the result's dtype, which the last rounding of an exact result can do by itself. Ours is the default
@@ -37,19 +41,20 @@ opposite. Each reason stands above its rows."""
 OTHER_WAYS = """Medians of forward and backward together; other ways are a lower instruction set, two passes, a call per
 loss."""
 SCALING = """Both axes are logarithmic. On the left, where a line is flat, time goes into calls and not into data; on
-the right, where it runs beside the copy's, into moving data."""
+the right, where it runs beside the copy's, into moving data. Where it rises more steeply than the copy's into touched
+memory, fresh memory is the first suspect, as of wide spreads."""
 OBJECTIVE = """The whole objective at once: masked MSE and Pearson on five levels (the finest {shape}), decoupled KL and
 bounded regression on the heads. One pass holds the gradients from the forward on; two passes allocate them in the
 backward."""
 ELSEWHERE = """A peer is faster, leaner or more accurate in {defeats} places, each with its reason, and another way of
-ours is faster than the default one in {ways}: [{page}]({page}) lists them, beside every case, mode and quantile.
-`python benchmarks/pages.py` makes these tables and pictures from `benchmarks/results/`."""
+ours is faster than the default one in {ways}: [{page}]({page}) lists them, beside every case, mode and
+quantile.{least} `python benchmarks/pages.py` makes these tables and pictures from `benchmarks/results/`."""
 MADE = """Made by `python benchmarks/pages.py` from the rows in `benchmarks/results/`: a change here is overwritten.
-Every provider is first held against float64; then all of them are timed interleaved in one process, from raw inputs to
-the student's gradient. Where p80 is several times p20, a gradient's fresh pages are the first suspect, which the host
-of a virtual machine may have to provide: `python benchmarks/fresh_pages.py` measures them by themselves. `python
-benchmarks/guard.py NEW.csv` says whether a new run has become slower, and `python -m kdkernels bench --report FOLDER`
-makes a web page like this one of its own rows."""
+Every provider is first held against float64, and refused where it is wrong; then all of them are timed interleaved in
+one process, from raw inputs to the student's gradient. Where p80 is several times p20, a gradient's fresh pages are
+the first suspect, which the host of a virtual machine may have to provide: `python benchmarks/fresh_pages.py` measures
+them by themselves. `python benchmarks/guard.py NEW.csv` says whether a new run has become slower, and `python -m
+kdkernels bench --report FOLDER` makes a web page like this one of its own rows."""
 
 
 def _values(rows: Sequence[Row], column: str) -> list[str]:
@@ -58,7 +63,7 @@ def _values(rows: Sequence[Row], column: str) -> list[str]:
 
 def setting(rows: Sequence[Row]) -> str:
     """Device, versions, commits, dates and load of rows."""
-    parts = [device(rows[0])]
+    parts = [" and ".join(dict.fromkeys(map(device, rows)))]
     parts += [f"{', '.join(_values(rows, c))} {c}" for c in ("cores", "threads") if _values(rows, c)]
     for column in (*VERSIONS, "kdkernels"):
         if versions := _values(rows, column):
@@ -67,7 +72,7 @@ def setting(rows: Sequence[Row]) -> str:
         parts[-1] += f" at {', '.join(commits)}"
     days = sorted({date[:10] for date in _values(rows, "date")})
     parts += [" to ".join(dict.fromkeys([days[0], days[-1]]))] if days else []
-    loads = sorted(float(load) for load in _values(rows, "load"))
+    loads = sorted({load for row in rows if (load := number(row, "load")) is not None})
     parts += [f"load {' to '.join(dict.fromkeys([f'{loads[0]:g}', f'{loads[-1]:g}']))}"] if loads else []
     return ", ".join(parts)
 
@@ -105,7 +110,15 @@ def _objective(cases: Sequence[Case]) -> list[Block]:
 
 def _summary(cases: Sequence[Case], folder: str) -> list[Block]:
     picture = _overview(cases, folder)
-    return [*picture, Text(HEADLINE), tables.headline(cases), Text(COPY), *_objective(cases)]
+    headline = HEADLINE.format(overlaps=sum(map(lost.undecided, cases)), cases=len(cases))
+    on_a_cpu = [] if cases[0].on_gpu else [Text(ON_A_CPU)]
+    return [*picture, Text(headline), tables.headline(cases), Text(COPY), *on_a_cpu, *_objective(cases)]
+
+
+def _least(cases: Sequence[Case]) -> str:
+    found = [x for case in cases if (x := case.times(case.ours, case.fastest("eager"))) is not None]
+    text = " Of all sizes, those of the ladders included, the least factor over eager is"
+    return f"{text} {tables.figures(min(found))}." if found else ""
 
 
 def readme(machines: Mapping[str, Sequence[Row]], page: str) -> list[Block]:
@@ -113,7 +126,7 @@ def readme(machines: Mapping[str, Sequence[Row]], page: str) -> list[Block]:
     blocks: list[Block] = []
     for folder, rows in machines.items():
         cases = group(rows)
-        count = {"defeats": len(lost.find(cases)), "ways": len(lost.other_ways(cases))}
+        count = {"defeats": len(lost.find(cases)), "ways": len(lost.other_ways(cases)), "least": _least(cases)}
         blocks += [Text(f"On {setting(rows)}:"), *_summary(_default(cases), folder)]
         blocks.append(Text(ELSEWHERE.format(page=page, **count)))
     return blocks

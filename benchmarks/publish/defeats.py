@@ -78,6 +78,14 @@ def find(cases: Sequence[Case]) -> list[Defeat]:
     return [defeat for case in cases if case.ours for defeat in _of(case)]
 
 
+def undecided(case: Case) -> bool:
+    """Whether in the mode of the sum the middle 60 % of ours and of the fastest peer overlap."""
+    timed = [(ms, peer) for peer in case.peers if (ms := case.ms(peer, case.mode)) is not None]
+    peer = min(timed)[1] if timed else None
+    ours, theirs = ([case.ms(name, case.mode, q) for q in (20, 80)] for name in (case.ours, peer))
+    return None not in (*ours, *theirs) and ours[0] <= theirs[1] and theirs[0] <= ours[1]
+
+
 def other_ways(cases: Sequence[Case]) -> list[tuple[Case, str]]:
     """Ways of ours (a lower capability, two passes, one call per loss) that are faster than the default one."""
     found = []
@@ -87,6 +95,21 @@ def other_ways(cases: Sequence[Case]) -> list[tuple[Case, str]]:
             other = case.ms(name, case.mode)
             if case.kind(name) == "ours" and None not in (mine, other) and other < mine:
                 found.append((case, name))
+    return found
+
+
+def too_large(cases: Sequence[Case], reasons: Mapping[str, str], small: str) -> list[str]:
+    """A line for each defeat that `small`, the fixed cost of a call, shall explain, but that takes ours over twice as
+    long as the smallest case of its loss, dtype and mode: there the fixed cost is less than half of it.
+    """
+    found = []
+    for d in find(cases):
+        alike = [case for case in cases if (case.loss, case.dtype) == (d.case.loss, d.case.dtype) and case.ours]
+        if d.kind in MODES and d.reason(reasons) == small:
+            least = min(ms for case in alike if (ms := case.ms(case.ours, d.kind)) is not None)
+            if d.ours > 2 * least:
+                slower = f"ours takes {d.ours / least:.1f} times as long as at its smallest size"
+                found.append(f"{d.case.title}: {d.peer} wins in {d.kind}, not by the fixed cost of a call: {slower}")
     return found
 
 

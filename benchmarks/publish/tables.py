@@ -85,7 +85,7 @@ def _peer(loss: str, cases: Sequence[Case], kind: str) -> str:
 
 def headline(cases: Sequence[Case]) -> Table:
     """A line per loss and dtype over all of its shapes, and the largest of them in full."""
-    header = ["loss", "dtype", "shapes", *(f"x {NAMES[kind]}" for kind in NAMES), "largest shape", "ms"]
+    header = ["loss", "dtype", "shapes", *(f"x {NAMES[kind]}" for kind in NAMES), "largest shape", "ms (p20 - p80)"]
     header += ["share of a copy: touched / fresh", "forward memory: ours / eager / compiled"]
     body = []
     for loss, of_loss in by_loss([case for case in cases if case.ours]).items():
@@ -94,7 +94,7 @@ def headline(cases: Sequence[Case]) -> Table:
             case = largest(chosen)
             memory = (case.of(name, "forward_peak_bytes") for name in (case.ours, *map(case.fastest, list(NAMES)[:2])))
             line = [title(loss), dtype, str(len(chosen)), *(_peer(loss, chosen, kind) for kind in NAMES)]
-            line += [case.shape.replace("x", " x "), figures(case.ms(case.ours, case.mode))]
+            line += [case.shape.replace("x", " x "), quantiles(case, case.ours, case.mode)]
             line += [" / ".join(_percent(share(case, case.ours, which)) for which in ("touched", "fresh"))]
             body.append([*line, " / ".join(map(size, memory))])
     return Table(header, body)
@@ -132,6 +132,7 @@ def case_line(case: Case) -> str:
     if touched is not None:
         line += f"; the copy takes {figures(touched)} ms into touched memory"
         line += "" if fresh is None else f", {figures(fresh)} ms into fresh pages"
+    line += "" if case.peers else "; no peer is here: none was asked for, or its numbers were wrong and it was refused"
     line += "; it was disturbed: that copy should be over four times as fast" if case.disturbed else ""
     return line + "."
 
