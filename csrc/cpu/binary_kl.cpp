@@ -43,17 +43,16 @@ void forward(const RowPair& pair, double temperature, const RowReduction& reduct
              const Threads& threads) {
   const RowScale<A> scale(pair, reduction);
   const A inverse = A(1 / temperature);
-  reduce_rows<A>(RowUnits(pair.rows, pair.columns), reduction, pair.columns, loss, threads,
-                 [&](int64_t row, RowScratch<A>& scratch) {
-                   const RowReader<A> s(pair.student, row, scratch.s), t(pair.teacher, row, scratch.t);
-                   double total = 0;
-                   for (int64_t column = 0; column < pair.columns; column += block_size) {
-                     const int n = int(pair.columns - column < block_size ? pair.columns - column : block_size);
-                     total += add_block<false, A>(s.block(column, n), t.block(column, n), n, inverse, 0, nullptr);
-                   }
-                   coefficients[row] = A(scale(row) * temperature);
-                   return scale(row) * temperature * temperature * total;
-                 });
+  reduce_rows<A>(RowUnits(pair.rows, pair.columns), reduction, loss, threads, [&](int64_t row, RowScratch<A>& scratch) {
+    const RowReader<A> s(pair.student, row, scratch.s), t(pair.teacher, row, scratch.t);
+    double total = 0;
+    for (int64_t column = 0; column < pair.columns; column += block_size) {
+      const int n = int(pair.columns - column < block_size ? pair.columns - column : block_size);
+      total += add_block<false, A>(s.block(column, n), t.block(column, n), n, inverse, 0, nullptr);
+    }
+    coefficients[row] = A(scale(row) * temperature);
+    return scale(row) * temperature * temperature * total;
+  });
 }
 
 template <class A>
@@ -103,17 +102,16 @@ void binary_kl_one_pass(const RowPair& pair, double temperature, const RowReduct
   const double factor = loss_weight.get();
   const RowScale<float> row_scale(pair, reduction);
   const float inverse = float(1 / temperature);
-  reduce_rows<float>(RowUnits(pair.rows, pair.columns), reduction, pair.columns, loss, threads,
-                     [&](int64_t row, RowScratch<float>& scratch) {
-                       const double scale = factor * row_scale(row);
-                       const float c = float(scale * temperature);
-                       double total = 0;
-                       write_row<float>(pair, row, scratch,
-                                        [&](int64_t, int n, const float* s, const float* t, float* out) {
-                                          total += add_block<true, float>(s, t, n, inverse, c, out);
-                                        });
-                       return scale * temperature * temperature * total;
-                     });
+  reduce_rows<float>(
+      RowUnits(pair.rows, pair.columns), reduction, loss, threads, [&](int64_t row, RowScratch<float>& scratch) {
+        const double scale = factor * row_scale(row);
+        const float c = float(scale * temperature);
+        double total = 0;
+        write_row<float>(pair, row, scratch, [&](int64_t, int n, const float* s, const float* t, float* out) {
+          total += add_block<true, float>(s, t, n, inverse, c, out);
+        });
+        return scale * temperature * temperature * total;
+      });
 }
 
 KD_NAMESPACE_END

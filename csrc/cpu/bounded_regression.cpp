@@ -122,20 +122,19 @@ void forward(const RowPair& pair, const RowView& target, const BoundedRegression
   const Gate gate = static_cast<Gate>(options.gate);
   const double bound = options.bound_weight.get(), smooth = options.smooth_l1_weight.get();
   const A margin = A(options.margin), beta = A(options.beta);
-  const RowUnits units(pair.rows, coordinates);
+  const RowUnits units(pair.rows, coordinates, 0);
   A batch_gate = 0;
   if (gate == Gate::batch) {  // one comparison of the two means over all coordinates
     double squares[2];
-    sum_units<A>(units, coordinates, threads, squares,
-                 [&](int64_t first, int64_t last, RowScratch<A>&, double (&sums)[2]) {
-                   for_each_block<A>(first, last, [&](int64_t row, int rows, Block<A>& block) {
-                     block.read(pair, target, row, rows);
-                     for (int r = 0; r < rows; ++r) {
-                       sums[0] += sum_of_squares(block.student + r * coordinates);
-                       sums[1] += sum_of_squares(block.teacher + r * coordinates);
-                     }
-                   });
-                 });
+    sum_units<A>(units, threads, squares, [&](int64_t first, int64_t last, RowScratch<A>&, double (&sums)[2]) {
+      for_each_block<A>(first, last, [&](int64_t row, int rows, Block<A>& block) {
+        block.read(pair, target, row, rows);
+        for (int r = 0; r < rows; ++r) {
+          sums[0] += sum_of_squares(block.student + r * coordinates);
+          sums[1] += sum_of_squares(block.teacher + r * coordinates);
+        }
+      });
+    });
     const double values = double(coordinates) * double(pair.rows);
     batch_gate = A(pair.rows ? bound_gate(squares[0] / values, squares[1] / values, options.margin) : 0);
   }
@@ -153,13 +152,13 @@ void forward(const RowPair& pair, const RowView& target, const BoundedRegression
     });
   };
   if (options.reduction.kind == RowReduction::none) {
-    for_each_unit<A>(units, coordinates, threads, [&](int64_t, int64_t first, int64_t last, RowScratch<A>&) {
+    for_each_unit<A>(units, threads, [&](int64_t, int64_t first, int64_t last, RowScratch<A>&) {
       each_row(first, last, [&](int64_t row, double value) { loss[row] = A(value); });
     });
     return;
   }
   double total[1];
-  sum_units<A>(units, coordinates, threads, total, [&](int64_t first, int64_t last, RowScratch<A>&, double (&sums)[1]) {
+  sum_units<A>(units, threads, total, [&](int64_t first, int64_t last, RowScratch<A>&, double (&sums)[1]) {
     each_row(first, last, [&](int64_t, double value) { sums[0] += value; });
   });
   *loss = A(total[0]);

@@ -38,11 +38,10 @@ template <class A>
 void forward(const RowPair& pair, const DecoupledKlOptions& options, A* loss, A* statistics, const Threads& threads) {
   const Regions<A> regions(pair, options);
   const RowReduction reduction{options.reduction, false, DeviceScalar{0, nullptr}};
-  reduce_rows<A>(RowUnits(pair.rows, pair.columns), reduction, pair.columns, loss, threads,
-                 [&](int64_t row, RowScratch<A>& scratch) {
-                   return kl_row<false, A>(pair, row, regions.temperature(row), regions.scale(row),
-                                           statistics + row * kl_statistics, scratch);
-                 });
+  reduce_rows<A>(RowUnits(pair.rows, pair.columns), reduction, loss, threads, [&](int64_t row, RowScratch<A>& scratch) {
+    return kl_row<false, A>(pair, row, regions.temperature(row), regions.scale(row), statistics + row * kl_statistics,
+                            scratch);
+  });
 }
 
 }  // namespace
@@ -70,7 +69,7 @@ void decoupled_kl_one_pass(const RowPair& pair, const DecoupledKlOptions& option
   const double factor = loss_weight.get();
   const Regions<float> regions(pair, options);
   double totals[2];
-  sum_rows<float>(RowUnits(pair.rows, pair.columns), pair.columns, threads, totals,
+  sum_rows<float>(RowUnits(pair.rows, pair.columns), threads, totals,
                   [&](int64_t row, RowScratch<float>& scratch, double (&sums)[2]) {
                     sums[options.foreground[row]] += kl_row_one_pass<float>(pair, row, regions.temperature(row),
                                                                             factor * regions.scale(row), scratch);

@@ -60,11 +60,14 @@ double careful_dot(const RowReader<A>& s, const RowReader<A>& t, int64_t columns
 }
 
 // Rows are handed out in units whose size depends on the width alone, and unit sums are added in order: the same bits
-// whatever the number of threads.
+// whatever the number of threads. `row_cost`: what a row costs beside its columns, in columns.
 struct RowUnits {
-  int64_t rows, size, count;
-  RowUnits(int64_t rows_, int64_t columns) : rows(rows_), size(1 + 8192 / (columns > 0 ? columns : 1)) {
+  int64_t rows, size, count, grain;
+  RowUnits(int64_t rows_, int64_t columns, int64_t row_cost = 64) : rows(rows_) {
+    const int64_t cost = columns + row_cost > 0 ? columns + row_cost : 1;
+    size = 1 + 8192 / cost;
     count = (rows + size - 1) / size;
+    grain = 1 + 32768 / (size * cost);
   }
 };
 
@@ -89,22 +92,21 @@ struct RowScratch {
 
 // Runs body(unit, first row, last row, scratch) for every unit.
 template <class A, class F>
-void for_each_unit(const RowUnits& units, int64_t columns, const Threads& threads, const F& body) {
-  parallel(threads, units.count, 1 + 32768 / (units.size * (columns > 0 ? columns : 1)),
-           [&](int64_t begin, int64_t end) {
-             RowScratch<A> scratch;
-             for (int64_t unit = begin; unit < end; ++unit) {
-               const int64_t first = unit * units.size, last = first + units.size;
-               body(unit, first, last < units.rows ? last : units.rows, scratch);
-             }
-           });
+void for_each_unit(const RowUnits& units, const Threads& threads, const F& body) {
+  parallel(threads, units.count, units.grain, [&](int64_t begin, int64_t end) {
+    RowScratch<A> scratch;
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t first = unit * units.size, last = first + units.size;
+      body(unit, first, last < units.rows ? last : units.rows, scratch);
+    }
+  });
 }
 
 // Sums over all units: add_unit(first row, last row, scratch, sums) adds a unit's share to n sums.
 template <class A, int n, class F>
-void sum_units(const RowUnits& units, int64_t columns, const Threads& threads, double (&totals)[n], const F& add_unit) {
+void sum_units(const RowUnits& units, const Threads& threads, double (&totals)[n], const F& add_unit) {
   double* parts = static_cast<double*>(malloc(sizeof(double) * n * size_t(units.count + 1)));
-  for_each_unit<A>(units, columns, threads, [&](int64_t unit, int64_t first, int64_t last, RowScratch<A>& scratch) {
+  for_each_unit<A>(units, threads, [&](int64_t unit, int64_t first, int64_t last, RowScratch<A>& scratch) {
     double sums[n] = {};
     add_unit(first, last, scratch, sums);
     for (int i = 0; i < n; ++i) parts[unit * n + i] = sums[i];
@@ -118,25 +120,24 @@ void sum_units(const RowUnits& units, int64_t columns, const Threads& threads, d
 
 // Sums over all rows: add_row(row, scratch, sums) adds a row's share to n sums.
 template <class A, int n, class F>
-void sum_rows(const RowUnits& units, int64_t columns, const Threads& threads, double (&totals)[n], const F& add_row) {
-  sum_units<A>(units, columns, threads, totals,
-               [&](int64_t first, int64_t last, RowScratch<A>& scratch, double (&sums)[n]) {
-                 for (int64_t row = first; row < last; ++row) add_row(row, scratch, sums);
-               });
+void sum_rows(const RowUnits& units, const Threads& threads, double (&totals)[n], const F& add_row) {
+  sum_units<A>(units, threads, totals, [&](int64_t first, int64_t last, RowScratch<A>& scratch, double (&sums)[n]) {
+    for (int64_t row = first; row < last; ++row) add_row(row, scratch, sums);
+  });
 }
 
 // Runs row_value(row, scratch) for every row: a weighted double. Sums or stores them, as the reduction says.
 template <class A, class F>
-void reduce_rows(const RowUnits& units, const RowReduction& reduction, int64_t columns, A* loss, const Threads& threads,
+void reduce_rows(const RowUnits& units, const RowReduction& reduction, A* loss, const Threads& threads,
                  const F& row_value) {
   if (reduction.kind == RowReduction::none) {
-    for_each_unit<A>(units, columns, threads, [&](int64_t, int64_t first, int64_t last, RowScratch<A>& scratch) {
+    for_each_unit<A>(units, threads, [&](int64_t, int64_t first, int64_t last, RowScratch<A>& scratch) {
       for (int64_t row = first; row < last; ++row) loss[row] = static_cast<A>(row_value(row, scratch));
     });
     return;
   }
   double total[1];
-  sum_rows<A>(units, columns, threads, total,
+  sum_rows<A>(units, threads, total,
               [&](int64_t row, RowScratch<A>& scratch, double (&sums)[1]) { sums[0] += row_value(row, scratch); });
   *loss = static_cast<A>(total[0]);
 }
@@ -172,7 +173,7 @@ void write_row(const RowPair& pair, int64_t row, RowScratch<A>& scratch, const F
 // All rows: of_row(row) gives what write_row wants.
 template <class A, class F>
 void write_gradient(const RowPair& pair, const Threads& threads, const F& of_row) {
-  for_each_unit<A>(RowUnits(pair.rows, pair.columns), pair.columns, threads,
+  for_each_unit<A>(RowUnits(pair.rows, pair.columns), threads,
                    [&](int64_t, int64_t first, int64_t last, RowScratch<A>& scratch) {
                      for (int64_t row = first; row < last; ++row) write_row<A>(pair, row, scratch, of_row(row));
                    });

@@ -115,7 +115,7 @@ void forward(const RowPair& pair, const SoftCrossEntropyOptions& options, A* los
              const Threads& threads) {
   const RowScale<A> scale = scale_of_rows<A>(pair, options);
   const double mix = options.hard_weight.get();
-  reduce_rows<A>(RowUnits(pair.rows, pair.columns), options.reduction, pair.columns, loss, threads,
+  reduce_rows<A>(RowUnits(pair.rows, pair.columns), options.reduction, loss, threads,
                  [&](int64_t row, RowScratch<A>& scratch) {
                    A* kept = statistics + row * statistics_per_row;
                    return row_loss<false, A>(pair, options, row, scale(row), mix, kept, scratch);
@@ -240,7 +240,7 @@ void soft_cross_entropy_one_pass(const RowPair& pair, const SoftCrossEntropyOpti
                                  const DeviceScalar& loss_weight, float* loss, const Threads& threads) {
   const double factor = loss_weight.get(), mix = options.hard_weight.get();
   const RowScale<float> scale = scale_of_rows<float>(pair, options);
-  reduce_rows<float>(RowUnits(pair.rows, pair.columns), options.reduction, pair.columns, loss, threads,
+  reduce_rows<float>(RowUnits(pair.rows, pair.columns), options.reduction, loss, threads,
                      [&](int64_t row, RowScratch<float>& scratch) {
                        return row_one_pass(pair, options, row, factor * scale(row), mix, scratch);
                      });

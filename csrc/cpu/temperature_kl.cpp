@@ -13,11 +13,10 @@ template <class A>
 void forward(const RowPair& pair, double temperature, const RowReduction& reduction, A* loss, A* statistics,
              const Threads& threads) {
   const RowScale<A> scale(pair, reduction);
-  reduce_rows<A>(RowUnits(pair.rows, pair.columns), reduction, pair.columns, loss, threads,
-                 [&](int64_t row, RowScratch<A>& scratch) {
-                   A* kept = statistics + row * kl_statistics;
-                   return kl_row<false, A>(pair, row, temperature, scale(row), kept, scratch);
-                 });
+  reduce_rows<A>(RowUnits(pair.rows, pair.columns), reduction, loss, threads, [&](int64_t row, RowScratch<A>& scratch) {
+    A* kept = statistics + row * kl_statistics;
+    return kl_row<false, A>(pair, row, temperature, scale(row), kept, scratch);
+  });
 }
 
 }  // namespace
@@ -44,7 +43,7 @@ void temperature_kl_one_pass(const RowPair& pair, double temperature, const RowR
                              const DeviceScalar& loss_weight, float* loss, const Threads& threads) {
   const double factor = loss_weight.get();
   const RowScale<float> scale(pair, reduction);
-  reduce_rows<float>(RowUnits(pair.rows, pair.columns), reduction, pair.columns, loss, threads,
+  reduce_rows<float>(RowUnits(pair.rows, pair.columns), reduction, loss, threads,
                      [&](int64_t row, RowScratch<float>& scratch) {
                        return kl_row_one_pass<float>(pair, row, temperature, factor * scale(row), scratch);
                      });
