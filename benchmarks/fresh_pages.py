@@ -16,11 +16,25 @@ import mmap
 import statistics
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 
 HUGE = 2 << 20
 SMALL = 4096
+VMSTAT = Path("/proc/vmstat")
+
+
+def huge_pages() -> bool:
+    """Whether the system takes the question for huge pages: its kernel may be built without them."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):  # not Linux
+        return False
+    try:
+        with mmap.mmap(-1, HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
+            area.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:
+        return False
+    return True
 
 
 def first_touch(megabytes: int, huge: bool) -> float:
@@ -29,8 +43,8 @@ def first_touch(megabytes: int, huge: bool) -> float:
     area = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     pages = np.frombuffer(area, dtype=np.uint8)
     begin = -pages.ctypes.data % HUGE
-    if huge:
-        area.madvise(mmap.MADV_HUGEPAGE, begin, size)
+    # Said of small pages too: a system may be set to give huge ones to whoever does not ask.
+    area.madvise(mmap.MADV_HUGEPAGE if huge else mmap.MADV_NOHUGEPAGE, 0, len(area))
     before = time.perf_counter()
     pages[begin : begin + size : SMALL] = 1
     took = time.perf_counter() - before
@@ -41,8 +55,11 @@ def first_touch(megabytes: int, huge: bool) -> float:
 
 def compactions() -> int:
     """How often the system has stopped somebody to compact memory, since it started; 0 where it does not say."""
-    with open("/proc/vmstat", encoding="ascii") as file:
-        return next((int(line.split()[1]) for line in file if line.startswith("compact_stall ")), 0)
+    try:
+        lines = VMSTAT.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("compact_stall ")), 0)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,9 +73,9 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("megabytes", "neighbour", "rounds"):
         if getattr(options, name) < 1:
             parser.error(f"--{name}: expected at least 1, got {getattr(options, name)}")
-    if not 0 <= options.pause < 3600:
-        parser.error(f"--pause: expected seconds, 0 to 3600, got {options.pause}")
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
+    if not 0 <= options.pause <= 3600:
+        parser.error(f"--pause: expected 0 to 3600 seconds, got {options.pause}")
+    if not huge_pages():
         print("fresh_pages: this system has no huge pages to ask for", file=sys.stderr)
         return 2
     size, neighbour = options.megabytes, options.neighbour

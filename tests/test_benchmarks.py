@@ -376,13 +376,19 @@ def test_fresh_pages_are_timed_in_both_sizes(bench, capsys):
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:6]]
     assert [row[0] for row in rows] == ["small", "small", "huge", "huge"]
     assert all(0 < float(row[-3]) <= float(row[-4]) <= float(row[-2]) for row in rows)
-    for option, value in (
-        ("--megabytes", "0"),
-        ("--neighbour", "-1"),
-        ("--rounds", "0"),
-        ("--pause", "-1"),
-        ("--pause", "nan"),
-    ):
+    wrong = (("--megabytes", "0"), ("--neighbour", "-1"), ("--rounds", "0"))
+    for option, value in (*wrong, *(("--pause", text) for text in ("-1", "nan", "inf"))):
         with pytest.raises(SystemExit):
             main([option, value])
         assert f"{option}: expected" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="huge pages are asked for on Linux alone")
+def test_fresh_pages_without_huge_pages_or_counters(bench, monkeypatch, capsys, tmp_path):
+    """A kernel that was built without huge pages knows no such advice."""
+    fresh = bench("fresh_pages")
+    monkeypatch.setattr(fresh, "VMSTAT", tmp_path / "none")
+    assert fresh.compactions() == 0
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 9999)
+    assert fresh.main(["--megabytes", "1", "--neighbour", "1", "--pause", "0", "--rounds", "1"]) == 2
+    assert "no huge pages" in capsys.readouterr().err

@@ -122,6 +122,8 @@ def test_rows_that_would_write_the_same_students_are_one_row_twice(tmp_path):
         rows(["mimic: adapter=true", "mimic:adapter=True"], "scenes")
     with pytest.raises(ValueError, match="none is the student alone, and joins nothing"):
         rows(["none+pkd"], "scenes")
+    with pytest.raises(ValueError, match=r"'best\+best': best is given twice"):
+        rows(["none", "pkd", "best+best"], "scenes")
     both = rows(["defeat-proposals", "pkd-mimic"], "scenes")
     assert [row.title for row in both if row.plain] == ["student"]  # of two tables that share it
     assert len(both) == 7  # with the control of the row that inherits

@@ -61,7 +61,7 @@ KD_HD void ask_ahead(const void* p) {
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + page), 0, 2);
 }
 
-// A vector of a stream that comes from memory, rather than from a cache.
+// A vector of a stream that comes from memory where the block is the tensor's own.
 template <class A>
 KD_HD vec<A> load_and_ask(const A* p) {
   ask_ahead(p);

@@ -11,7 +11,7 @@ KD_NAMESPACE_BEGIN
 
 namespace {
 
-constexpr int coordinates = 4, rows_per_block = 256, values_per_block = coordinates * rows_per_block;
+constexpr int coordinates = 4, rows_per_block = 128, values_per_block = coordinates * rows_per_block;
 
 // Whether rows follow each other without a gap, so that a block of them is one block of values.
 bool packed(const RowView& view) {
@@ -91,7 +91,7 @@ struct Block {
     for (int i = 0; i < rows * coordinates; ++i) scale[i] = weight(first + i / coordinates);
   }
 
-  // Each coordinate's value, and its derivative into `out`. In double, as A would overflow in a square.
+  // Each coordinate's value, and its derivative into `out`; the square in double, as A would overflow.
   void evaluate(double smooth, double bound, A beta, int rows, A* __restrict out) {
     for (int i = 0; i < rows * coordinates; ++i) {
       const A d = student[i];

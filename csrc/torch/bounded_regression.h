@@ -14,6 +14,7 @@ inline BoundedRegressionOptions bounded_regression_options(
     std::optional<double> avg_factor, const std::optional<Tensor>& avg_factor_tensor) {
   check_same_sizes(student, target);
   STD_TORCH_CHECK(pair.columns == coordinates, "expected (..., 4)");
+  STD_TORCH_CHECK(reduction != RowReduction::mean_elements, "reduction: a mean over coordinates has no kernel");
   return {margin,
           beta,
           device_scalar(bound_weight, bound_weight_tensor),

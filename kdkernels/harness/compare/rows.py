@@ -156,6 +156,8 @@ def _row(title: str, text: str, preset: str) -> Row:
                 raise ValueError(f"{text!r}: {key}= is given twice; several parts are {key}=fpn/rpn")
             inherit, freeze = (parts, freeze) if key == "inherit" else (inherit, parts)
         elif part == "best":
+            if best:
+                raise ValueError(f"{text!r}: best is given twice")
             best = True
         elif part != "none":
             recipes.append(parse(part, preset))
