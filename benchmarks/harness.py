@@ -215,7 +215,7 @@ def _read(benchmarks: Sequence[Benchmark], arguments: Sequence[str] | None) -> t
     for shape in (s for s in options.shapes if not isinstance(s, str)):
         if not options.losses and len(known) > 1:
             reader.error(f"--shapes {'x'.join(map(str, shape))}: name the losses that it is for")
-        if wrong := [b.loss for b in chosen if len(b.shapes.quick) != len(shape)]:
+        if wrong := [b.loss for b in chosen if not b.shapes.fits(shape)]:
             like = "x".join(map(str, known[wrong[0]].shapes.quick))
             reader.error(f"--shapes {'x'.join(map(str, shape))}: a shape of {wrong[0]} is like {like}")
         if not all(b.elements(shape) for b in chosen):

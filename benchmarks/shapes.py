@@ -34,6 +34,11 @@ class Shapes:
             yield from ((name, shape) for shape in getattr(self, name))
         yield "quick", self.quick
 
+    def fits(self, shape: Shape) -> bool:
+        """Whether it has the dimensions of the others, and their last one where all share it, as the four of a box."""
+        last = {known[-1] for _, known in self.each()}
+        return len(shape) == len(self.quick) and (len(last) > 1 or shape[-1] in last)
+
     def chosen(self, asked: Sequence[str | Shape], device: str) -> list[tuple[str, Shape]]:
         """Set and shape of what was asked for; a GPU's default set has the large shapes, too."""
         sets = {name: {name} for name in NAMES}
@@ -43,7 +48,7 @@ class Shapes:
         for one in asked:
             if isinstance(one, str):
                 found |= {shape: name for name, shape in self.each() if name in sets[one]}
-            elif len(one) == len(self.quick):
+            elif self.fits(one):
                 found[one] = next((name for name, shape in self.each() if shape == one), "given")
         return [(name, shape) for shape, name in found.items()]
 

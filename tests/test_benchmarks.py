@@ -270,6 +270,7 @@ def test_large_cases_are_left_out_on_a_cpu(bench, capsys):
         (["--shapes", "biggest"], "'biggest' is neither one of default"),
         (["--shapes", "2x8x9x7"], "name the losses"),
         (["pearson", "temperature_kl", "--shapes", "2x8x9x7"], "a shape of temperature_kl is like 16x100"),
+        (["bounded_regression", "--shapes", "512x21"], "a shape of bounded_regression is like 64x4"),
         (["--device", "cuda"], "sees no GPU"),
         (["--threads", "0"], "--threads: expected a whole number of 1 or more, got '0'"),
         (["--rounds", "-1"], "--rounds: expected a whole number"),

@@ -4,8 +4,6 @@
 
 #include <string.h>
 
-#include <utility>
-
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -107,13 +105,21 @@ template <class A, int n>
 struct vec_of_lanes {
   typedef A type __attribute__((vector_size(n * sizeof(A))));
 };
+template <int... lane>
+struct Lanes {};
+template <int n, int... lane>
+struct LanesBelow : LanesBelow<n - 1, n - 1, lane...> {};
+template <int... lane>
+struct LanesBelow<0, lane...> {
+  typedef Lanes<lane...> type;
+};
 template <class A, int first, class V, int... lane>
-KD_HD auto some_lanes(const V& v, std::integer_sequence<int, lane...>) {
+KD_HD auto some_lanes(const V& v, Lanes<lane...>) {
   return typename vec_of_lanes<A, sizeof...(lane)>::type{v[first + lane]...};
 }
 template <class A, int first, int n, class V>
 KD_HD auto some_lanes(const V& v) {
-  return some_lanes<A, first>(v, std::make_integer_sequence<int, n>());
+  return some_lanes<A, first>(v, typename LanesBelow<n>::type());
 }
 
 // All n lanes joined: the upper half to the lower one, until one is left.
