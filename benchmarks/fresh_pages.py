@@ -65,8 +65,8 @@ def compactions() -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--megabytes", type=int, default=170, help="fresh memory to write (default 170)")
-    parser.add_argument("--neighbour", type=int, default=4000, help="megabytes given back before (default 4000)")
+    parser.add_argument("--megabytes", type=int, default=170, help="fresh memory to write, in MiB (default 170)")
+    parser.add_argument("--neighbour", type=int, default=4000, help="MiB given back before (default 4000)")
     parser.add_argument("--pause", type=float, default=3.0, help="seconds between the two (default 3)")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of each row (default 7)")
     options = parser.parse_args(arguments)
@@ -79,11 +79,11 @@ def main(arguments: list[str] | None = None) -> int:
         print("fresh_pages: this system has no huge pages to ask for", file=sys.stderr)
         return 2
     size, neighbour = options.megabytes, options.neighbour
-    print(f"{size} MB of fresh memory, after {neighbour} MB were given back, {options.rounds} rounds")
+    print(f"{size} MiB of fresh memory, after {neighbour} MiB were given back, {options.rounds} rounds")
     print(f"{'pages':<6} {'when':<18} {'median, ms':>10} {'fastest':>8} {'slowest':>8} {'compactions':>12}")
     ratio = []
     for huge in (False, True):
-        for pause in (0.0, options.pause):
+        for pause in dict.fromkeys((0.0, options.pause)):
             times, stalls = [], compactions()
             for _ in range(options.rounds):
                 first_touch(neighbour, huge=False)

@@ -227,6 +227,14 @@ def read(path: Path) -> list[dict[str, str]]:
     return [row for key, row in zip(keys, every) if row.get("date", "") == newest[key]]
 
 
+def measured(path: Path, device: str) -> set[tuple[str, ...]]:
+    """The cases that a file has of the commit, device and threads of now, each as the cells of `CASE`."""
+    now = _environment(device)
+    found = read(path) if path.exists() else []
+    same = [row for row in found if all(row[c] == str(now[c]) for c in ("commit", "device", "cpu", "threads"))]
+    return {tuple(row[c] for c in CASE) for row in same}
+
+
 def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     try:
         from tabulate import tabulate

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import importlib
 import itertools
-import mmap
 import os
 import subprocess
 import sys
@@ -14,31 +13,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmark_rows import FOLDER, bench  # noqa: F401
 
 import kdkernels as kd
 from kdkernels import __main__ as command_line
 from kdkernels import native
 
-FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
 ENTRY_POINTS = [
     *("run", "harness", "providers", "shapes", "judge", "measure", "gpu", "report"),
     *("compile_gates", "pages", "guard", "numerics", "fresh_pages"),
 ]
 
 
-@pytest.fixture(scope="module")
-def bench():
-    """benchmarks/ on the path, as for its own scripts: a function that imports one of its files by name."""
-    if not FOLDER.is_dir():
-        pytest.skip("benchmarks/ is not beside these tests")
+@pytest.fixture(scope="module", autouse=True)
+def kernels():
     assert native.load("cpu"), f"the CPU kernels could not be had: {native.status('cpu').reason}"
-    before = set(sys.modules)
-    sys.path.insert(0, str(FOLDER))
-    yield importlib.import_module
-    sys.path.remove(str(FOLDER))
-    for name in set(sys.modules) - before:
-        if Path(getattr(sys.modules[name], "__file__", None) or ".").parent == FOLDER:
-            del sys.modules[name]
 
 
 def quick(bench, benchmark, csv_path, *options):
@@ -278,6 +267,7 @@ def test_large_cases_are_left_out_on_a_cpu(bench, capsys):
         (["--budget", "soon"], "--budget: expected a number of seconds, got 'soon'"),
         (["pearson", "--shapes", "2x0x9x7"], "--shapes 2x0x9x7: there is nothing in it"),
         (["pearson", "--quick", "--shapes", "2x8x9x7"], "--quick: has shapes of its own"),
+        (["--quick", "--resume"], "--resume: --quick writes no file"),
         (["masks", "--dtype", "bfloat16"], "--dtype bfloat16: masks has float32 alone"),
         (["--quick", "--csv", str(FOLDER)], "--csv: "),
         (["--csv", str(FOLDER / "run.py" / "x.csv")], "--csv: "),
@@ -308,9 +298,32 @@ def test_given_shapes_and_ladders(bench, tmp_path, capsys, monkeypatch):
     given = {(r["provider"], r["setting"]) for r in rows if r["set"] == "given"}
     assert given > ladder | {("ours", f"{best}, two passes"), ("eager", "mmdet")}
     assert "Liger's kernels are Triton's and need a GPU" in capsys.readouterr().err
-    assert harness.main([kl], [*few, "--budget", "-1"]) == 0
+    assert harness.main([kl], [*few, "--budget", "-1"]) == 1
     assert "left out, the --budget is spent" in capsys.readouterr().err
     assert len(list(csv.DictReader(path.open(newline="")))) == len(rows)
+
+
+def test_a_run_is_resumed(bench, tmp_path, capsys, monkeypatch):
+    """What the file has already is left out, unless it is of another commit or of other threads."""
+    harness, report, path = bench("harness"), bench("report"), tmp_path / "rows.csv"
+    monkeypatch.setattr(bench("measure"), "copy_speed", lambda megabytes: 1e9)
+    monkeypatch.setattr(report, "_commit", lambda: "abc")
+    kl = replace(bench("temperature_kl").BENCHMARK, shapes=bench("shapes").Shapes((4, 5), [(4, 6), (4, 8)]))
+    few = ["--skip-tests", "--rounds", "2", "--providers", "eager", "--csv", str(path), "--resume", "--dtype"]
+
+    def added(*options):
+        before = report.read(path) if path.exists() else []
+        assert harness.main([kl], [*few, *options]) == 0
+        return {(row["shape"], row["dtype"]) for row in report.read(path) if row not in before}
+
+    assert added("float32", "--shapes", "4x6", "--threads", "1") == {("4x6", "float32")}
+    both = {("4x6", "bfloat16"), ("4x8", "float32"), ("4x8", "bfloat16")}
+    assert added("float32", "bfloat16", "--threads", "1") == both
+    assert "1 of 4 cases are in" in capsys.readouterr().err
+    assert added("float32", "bfloat16", "--threads", "1") == set()
+    assert added("float32", "--threads", "2") == {("4x6", "float32"), ("4x8", "float32")}
+    monkeypatch.setattr(report, "_commit", lambda: "def")
+    assert added("bfloat16", "--threads", "1") == {("4x6", "bfloat16"), ("4x8", "bfloat16")}
 
 
 def test_masks_are_timed_without_a_gradient(bench, tmp_path, capsys):
@@ -368,28 +381,3 @@ def test_gpu_check_resumes(tmp_path):
     failed = check("false", "gpu", "bench")
     assert failed.returncode == 1 and "gpu: passed before" in failed.stdout and "bench: FAILED" in failed.stdout
     assert check("true", "gpu", "bench").returncode == 0
-
-
-@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="huge pages are asked for on Linux alone")
-def test_fresh_pages_are_timed_in_both_sizes(bench, capsys):
-    main = bench("fresh_pages").main
-    assert main(["--megabytes", "4", "--neighbour", "8", "--pause", "0.01", "--rounds", "2"]) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:6]]
-    assert [row[0] for row in rows] == ["small", "small", "huge", "huge"]
-    assert all(0 < float(row[-3]) <= float(row[-4]) <= float(row[-2]) for row in rows)
-    wrong = (("--megabytes", "0"), ("--neighbour", "-1"), ("--rounds", "0"))
-    for option, value in (*wrong, *(("--pause", text) for text in ("-1", "nan", "inf"))):
-        with pytest.raises(SystemExit):
-            main([option, value])
-        assert f"{option}: expected" in capsys.readouterr().err
-
-
-@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="huge pages are asked for on Linux alone")
-def test_fresh_pages_without_huge_pages_or_counters(bench, monkeypatch, capsys, tmp_path):
-    """A kernel that was built without huge pages knows no such advice."""
-    fresh = bench("fresh_pages")
-    monkeypatch.setattr(fresh, "VMSTAT", tmp_path / "none")
-    assert fresh.compactions() == 0
-    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", 9999)
-    assert fresh.main(["--megabytes", "1", "--neighbour", "1", "--pause", "0", "--rounds", "1"]) == 2
-    assert "no huge pages" in capsys.readouterr().err

@@ -127,6 +127,12 @@ def test_rows_that_would_write_the_same_students_are_one_row_twice(tmp_path):
     both = rows(["defeat-proposals", "pkd-mimic"], "scenes")
     assert [row.title for row in both if row.plain] == ["student"]  # of two tables that share it
     assert len(both) == 7  # with the control of the row that inherits
+    of_table = ["student", "mimic", "PKD", "PKD, teacher's neck frozen", "inherit=fpn+freeze=fpn"]
+    for before, after in ((["none"], []), ([], ["none"]), (["mimic"], []), ([], ["mimic", "none"]), ([], ["cwd"])):
+        titles = [row.title for row in rows([*before, "pkd-mimic", *after], "scenes")]
+        left = {"student"} if before == ["none"] else {"mimic"} if before else set()
+        more = [title for title in after if title == "cwd"]
+        assert titles == [*before, *(t for t in of_table[:4] if t not in left), *more, of_table[4]]
     with pytest.raises(ValueError, match="freeze= is given twice; several parts are freeze=fpn/rpn"):
         rows(["pkd+freeze=fpn+freeze=rpn"], "scenes")
     with pytest.raises(ValueError, match="mimic: weight is given twice"):

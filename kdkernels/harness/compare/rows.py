@@ -105,19 +105,27 @@ class Row(NamedTuple):
 def rows(texts: list[str], preset: str) -> list[Row]:
     """The rows that texts, or the names of tables, stand for; one that inherits gets its control, which only inherits.
 
+    Of rows that a table shares with another table or with a text, however titled, the first is kept.
+
     Raises:
         ValueError: a text that is none; the message names it.
     """
     found: list[Row] = []
+    of_tables: list[Row] = []
+
+    def among(row: Row, others: list[Row]) -> bool:
+        return row._replace(title="") in [other._replace(title="") for other in others]
+
     for text in texts:
         if text in TABLES:
-            of_table = [_row(*_titled(entry), preset) for entry in TABLES[text]]
-            found += [row for row in of_table if row not in found]  # tables may share rows
-        else:
-            found.append(_row(text, text, preset))
+            table = [_row(*_titled(entry), preset) for entry in TABLES[text]]
+            found += [row for row in table if not among(row, found)]
+            of_tables += table
+        elif not among(row := _row(text, text, preset), of_tables):
+            found.append(row)
     for row in [row for row in found if row.inherit and (row.recipes or row.best)]:
         control = Row("", [], row.inherit, row.freeze)
-        if all(other._replace(title="") != control for other in found):
+        if not among(control, found):
             found.append(control._replace(title=control.text))
     if any(row.best for row in found) and not candidates(found):
         raise ValueError("'best': no other row has recipes alone, of which one could be the best")
