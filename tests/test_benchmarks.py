@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import itertools
 import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
