@@ -34,10 +34,6 @@ KEEPS_A_BYTE = (
     "it is, and in its backward computes the rest again from the inputs, which are not counted. `one_pass=False` "
     "would not help: there ours keeps the derivative in float32."
 )
-SHORT_ROWS = (
-    "Half of it is the fixed cost of a call, as of other small inputs. The rest goes by rows: so few classes take "
-    "ours at least as long as four times as many, below, where the peer is the slower one."
-)
 FLAT_BOXES = "A few kilobytes: lists of boxes are brought into one tensor, which the loop does not need."
 
 REASONS: dict[str, str] = {
@@ -46,19 +42,15 @@ REASONS: dict[str, str] = {
     "masked_mse/no_grad/compiled": READS_ONCE,
     "masked_mse/no_grad/compiled/float32/2x256x13x21": CALL,
     "masked_mse/no_grad/compiled/bfloat16/2x256x13x21": CALL,
-    "pearson/forward": GRADIENT_TOO,
     "temperature_kl/forward/eager": CALL,
     "temperature_kl/no_grad/eager": CALL,
     "temperature_kl/loss error": ONE_ROUNDING,
     "decoupled_kl/gradient error": FEW_ROUNDINGS,
     "soft_cross_entropy/forward/eager": CALL,
     "soft_cross_entropy/no_grad/eager": CALL,
-    "soft_cross_entropy/no_grad/eager/float32/512x21": SHORT_ROWS,
-    "soft_cross_entropy/no_grad/compiled/float32/512x21": SHORT_ROWS,
-    "soft_cross_entropy/no_grad/compiled/bfloat16/512x21": SHORT_ROWS,
+    "soft_cross_entropy/no_grad/compiled/float32/512x21": CALL,
+    "soft_cross_entropy/no_grad/compiled/bfloat16/512x21": CALL,
     "soft_cross_entropy/gradient error": FEW_ROUNDINGS,
-    "bounded_regression/forward/eager": CALL,
-    "bounded_regression/no_grad/eager": CALL,
     "detection_distillation_heads/no_grad/eager": CALL,
     "masks/peak memory": FLAT_BOXES,
     "pearson/peak memory": KEEPS_THE_GRADIENT,
