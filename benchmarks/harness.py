@@ -177,7 +177,7 @@ def parser() -> argparse.ArgumentParser:
     add("--rounds", type=_whole, help="samples per provider; default: as many as --seconds allow, 9 to 200")
     add("--seconds", type=_seconds, default=2.0, help="time spent sampling each shape and dtype; default: 2")
     add("--budget", type=_seconds, default=math.inf, help="begin no further case after so many seconds, and say which")
-    add("--resume", action="store_true", help="leave out what --csv has already, of this commit, device and --threads")
+    add("--resume", action="store_true", help="leave out cases that --csv has, of this commit, device and --threads")
     add("--quick", action="store_true", help="the quick set, three rounds, one compile mode, no file: a smoke test")
     add("--csv", type=Path, help="append rows here; default: benchmarks/results/<machine>.csv, with --quick nowhere")
     add("--report", type=Path, metavar="FOLDER", help="also write a self-contained web page of the run's rows there")
