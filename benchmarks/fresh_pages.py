@@ -78,14 +78,22 @@ def main(arguments: list[str] | None = None) -> int:
     if not huge_pages():
         print("fresh_pages: this system has no huge pages to ask for", file=sys.stderr)
         return 2
-    size, neighbour = options.megabytes, options.neighbour
-    print(f"{size} MiB of fresh memory, after {neighbour} MiB were given back, {options.rounds} rounds")
+    try:
+        _table(options.megabytes, options.neighbour, options.pause, options.rounds)
+    except (OSError, OverflowError) as error:
+        print(f"fresh_pages: so much memory cannot be had: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _table(size: int, neighbour: int, later: float, rounds: int) -> None:
+    print(f"{size} MiB of fresh memory, after {neighbour} MiB were given back, {rounds} rounds")
     print(f"{'pages':<6} {'when':<18} {'median, ms':>10} {'fastest':>8} {'slowest':>8} {'compactions':>12}")
     ratio = []
     for huge in (False, True):
-        for pause in dict.fromkeys((0.0, options.pause)):
+        for pause in dict.fromkeys((0.0, later)):
             times, stalls = [], compactions()
-            for _ in range(options.rounds):
+            for _ in range(rounds):
                 first_touch(neighbour, huge=False)
                 time.sleep(pause)
                 times.append(first_touch(size, huge))
@@ -97,7 +105,6 @@ def main(arguments: list[str] | None = None) -> int:
                 flush=True,
             )
     print(f"the slowest round took up to {max(ratio):.1f} times as long as the fastest of its row")
-    return 0
 
 
 if __name__ == "__main__":

@@ -177,7 +177,6 @@ def parser() -> argparse.ArgumentParser:
     add("--rounds", type=_whole, help="samples per provider; default: as many as --seconds allow, 9 to 200")
     add("--seconds", type=_seconds, default=2.0, help="time spent sampling each shape and dtype; default: 2")
     add("--budget", type=_seconds, default=math.inf, help="begin no further case after so many seconds, and say which")
-    add("--resume", action="store_true", help="leave out cases that --csv has, of this commit, device and --threads")
     add("--quick", action="store_true", help="the quick set, three rounds, one compile mode, no file: a smoke test")
     add("--csv", type=Path, help="append rows here; default: benchmarks/results/<machine>.csv, with --quick nowhere")
     add("--report", type=Path, metavar="FOLDER", help="also write a self-contained web page of the run's rows there")
@@ -225,8 +224,6 @@ def _read(benchmarks: Sequence[Benchmark], arguments: Sequence[str] | None) -> t
         reader.error(f"--dtype {' '.join(options.dtype)}: {chosen[0].loss} has {', '.join(chosen[0].dtypes)} alone")
     if options.csv is None and not options.quick:
         options.csv = report.results_file(options.device)
-    if options.csv is None and options.resume:
-        reader.error("--resume: --quick writes no file that could be resumed")
     _check_files(reader, options)
     return options, chosen
 
@@ -267,10 +264,6 @@ def main(benchmarks: Sequence[Benchmark], arguments: Sequence[str] | None = None
         good = all(tested.values())
         chosen = [b for b in chosen if tested[b.tests or b.loss]]
     cases = _cases(chosen, options)
-    if options.resume:
-        before, has = len(cases), report.measured(options.csv, options.device)
-        cases = [x for x in cases if (x[0].loss, "x".join(map(str, x[2])), x[3]) not in has]
-        say(f"{before - len(cases)} of {before} cases are in {options.csv} already")
     options.copy_speed = 0.0
     if cases:
         options.copy_speed = (gpu if options.device == "cuda" else measure).copy_speed(16 if options.quick else 512)

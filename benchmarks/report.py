@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import io
 import os
 import platform
 import re
@@ -203,12 +204,16 @@ def append(path: Path, found: Sequence[dict[str, Any]]) -> None:
     """Adds rows to a file, which starts with the names of the columns."""
     check_header(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not path.exists() or not path.stat().st_size
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        if fresh:
-            writer.writeheader()
-        writer.writerows(found)
+    before = path.read_bytes() if path.exists() else b""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS)
+    if not before:
+        writer.writeheader()
+    elif not before.endswith(b"\n"):  # as editors may leave it
+        text.write("\r\n")
+    writer.writerows(found)
+    with path.open("ab", buffering=0) as file:  # at once: a run that is killed leaves no half of a case
+        file.write(text.getvalue().encode())
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -225,14 +230,6 @@ def read(path: Path) -> list[dict[str, str]]:
             raise ValueError(f"{path}: row {i} has {'more' if None in row else 'fewer'} cells than there are columns")
         newest[key] = max(newest.get(key, ""), row.get("date", ""))
     return [row for key, row in zip(keys, every) if row.get("date", "") == newest[key]]
-
-
-def measured(path: Path, device: str) -> set[tuple[str, ...]]:
-    """The cases that a file has of the commit, device and threads of now, each as the cells of `CASE`."""
-    now = _environment(device)
-    found = read(path) if path.exists() else []
-    same = [row for row in found if all(row[c] == str(now[c]) for c in ("commit", "device", "cpu", "threads"))]
-    return {tuple(row[c] for c in CASE) for row in same}
 
 
 def _markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:

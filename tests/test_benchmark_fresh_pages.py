@@ -18,6 +18,8 @@ def test_fresh_pages_are_timed_in_both_sizes(bench, capsys):
     assert all(0 < float(row[-3]) <= float(row[-4]) <= float(row[-2]) for row in rows)
     assert main(["--megabytes", "1", "--neighbour", "1", "--pause", "0", "--rounds", "1"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:-1]] == ["small", "huge"]
+    assert main(["--megabytes", str(1 << 42)]) == 2
+    assert "so much memory cannot be had" in capsys.readouterr().err
     wrong = (("--megabytes", "0"), ("--neighbour", "-1"), ("--rounds", "0"))
     for option, value in (*wrong, *(("--pause", text) for text in ("-1", "nan", "inf"))):
         with pytest.raises(SystemExit):

@@ -120,6 +120,9 @@ def test_rows_that_would_write_the_same_students_are_one_row_twice(tmp_path):
         ValueError, match="'mimic:adapter=True' is given twice, the other time as 'mimic: adapter=true'"
     ):
         rows(["mimic: adapter=true", "mimic:adapter=True"], "scenes")
+    for texts in (["mimic", "mimic"], ["pkd-mimic", "mimic", "mimic"]):
+        with pytest.raises(ValueError, match="'mimic' is given twice"):
+            rows(texts, "scenes")
     with pytest.raises(ValueError, match="none is the student alone, and joins nothing"):
         rows(["none+pkd"], "scenes")
     with pytest.raises(ValueError, match=r"'best\+best': best is given twice"):

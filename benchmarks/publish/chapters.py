@@ -31,8 +31,8 @@ form and setting, by medians: least and most over the shapes of the default set,
 In {overlaps} of these {cases} cases the middle 60 % of ours and of its fastest peer overlap. Forward memory is its
 peak, inputs excluded: in one pass the gradient is already there."""
 ON_A_CPU = """Temporaries that are too large for the C library's allocator to keep (with glibc, over 32 MB) are fresh
-memory in every step, and fresh memory is dear here, as the copy into it shows: the largest factors over eager owe a
-part to that."""
+memory in every step, and fresh memory is dear here, as the copy into it shows: of large features and logits, the
+factors over eager owe a part to that."""
 RULE = """A row for every case, dtype and mode in which a peer has the smaller median, however small the difference; in
 which its forward peaks or keeps more than {part:g} % and {least:,} bytes less; or in which its error is smaller by more
 than half an eps of the result's dtype, which the last rounding of an exact result can do by itself. Ours is the default

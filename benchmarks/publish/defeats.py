@@ -100,7 +100,7 @@ def other_ways(cases: Sequence[Case]) -> list[tuple[Case, str]]:
 
 def too_large(cases: Sequence[Case], reasons: Mapping[str, str], small: str) -> list[str]:
     """A line for each defeat that `small`, the fixed cost of a call, shall explain, but that takes ours over twice as
-    long as the smallest case of its loss, dtype and mode: there the fixed cost is less than half of it.
+    long as the fastest case of its loss, dtype and mode, which is hardly anything else: there it is less than half.
     """
     found = []
     for d in find(cases):
@@ -108,7 +108,7 @@ def too_large(cases: Sequence[Case], reasons: Mapping[str, str], small: str) -> 
         if d.kind in MODES and d.reason(reasons) == small:
             least = min(ms for case in alike if (ms := case.ms(case.ours, d.kind)) is not None)
             if d.ours > 2 * least:
-                slower = f"ours takes {d.ours / least:.1f} times as long as at its smallest size"
+                slower = f"ours takes {d.ours / least:.1f} times as long as where it is fastest"
                 found.append(f"{d.case.title}: {d.peer} wins in {d.kind}, not by the fixed cost of a call: {slower}")
     return found
 

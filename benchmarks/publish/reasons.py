@@ -23,11 +23,10 @@ CALL = (
 )
 GRADIENT_TOO = (
     "One pass: our forward makes the gradient as well, and the backward hands it on. Forward plus backward is what "
-    "compares like with like. At the largest sizes the fresh pages of that gradient are a part of it."
+    "compares like with like."
 )
 READS_ONCE = (
-    "Both read student and teacher once and write nothing: reading is the bound of either, and what is left between "
-    "them is less than their spreads."
+    "Both read student and teacher once and write nothing; what is left between them is less than their spreads."
 )
 KEEPS_A_BYTE = (
     "One pass: the forward makes the gradient and keeps it. The peer keeps a byte per row, on which side of the bound "

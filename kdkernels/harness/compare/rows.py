@@ -121,6 +121,8 @@ def rows(texts: list[str], preset: str) -> list[Row]:
             table = [_row(*_titled(entry), preset) for entry in TABLES[text]]
             found += [row for row in table if not among(row, found)]
             of_tables += table
+        elif texts.count(text) > 1:
+            raise ValueError(f"{text!r} is given twice")
         elif not among(row := _row(text, text, preset), of_tables):
             found.append(row)
     for row in [row for row in found if row.inherit and (row.recipes or row.best)]:
