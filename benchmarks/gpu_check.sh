@@ -3,8 +3,8 @@
 #
 #   benchmarks/gpu_check.sh RESULTS [stage ...]      stages: build grid gpu sanitize bench   (default: all)
 #
-# RESULTS receives a log per stage, the benchmarks' CSV, and a mark for each stage that passed; a second run with the same
-# folder leaves out the stages that are marked. Written for Python 3.12, torch 2.11, Triton 3.6 and nvcc 13.0 on an H200;
+# RESULTS receives a log per stage, the benchmarks' CSV, and a mark for each stage that passed, of bench for each loss and
+# dtype, too; a second run with the same folder leaves out what is marked. Written for Python 3.12, torch 2.11, Triton 3.6 and nvcc 13.0 on an H200;
 # needs pytest and hypothesis beside them. KDKERNELS_GPU_CHECK_SECONDS bounds each stage (default 570).
 set -uo pipefail
 cd "$(dirname "$0")/.."
